@@ -1,0 +1,215 @@
+//! Ways to run commands on a machine and to move files: one trait, several transports.
+//!
+//! Owns the vocabulary ([`Cmd`], [`Output`], [`Exit`], [`ConnectionError`]) and the rule that a
+//! transport that broke and a command that failed are different things. Knows nothing of QEMU.
+
+use crate::deadline::{Deadline, Stop};
+use std::path::Path;
+use std::time::Duration;
+
+/// A command line for the machine's POSIX shell, and how to treat it.
+///
+/// A plain string converts into it. A non-zero exit is an error unless [`Cmd::allow_failure`].
+pub struct Cmd<'a> {
+    /// Given to `/bin/sh -c` (or the login shell over SSH) as it is.
+    pub line: String,
+    /// Bytes on standard input; empty means end-of-file at once.
+    pub stdin: Vec<u8>,
+    /// A limit of its own, inside the connection's deadline.
+    pub timeout: Option<Duration>,
+    /// Whether a non-zero exit is a result rather than an error.
+    pub may_fail: bool,
+    /// Receives output as it comes, where the transport can stream; at the end where it cannot.
+    pub on_output: Option<Box<dyn FnMut(Stream, &[u8]) + 'a>>,
+}
+
+/// Which of the two output streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// How a command ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It exited with this status.
+    Code(i32),
+    /// A signal ended it; the name without `SIG`, as RFC 4254 section 6.10 writes it.
+    Signal(String),
+}
+
+/// What a command printed, and how it ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Output {
+    /// How it ended.
+    pub exit: Exit,
+    /// Standard output, byte for byte.
+    pub stdout: Vec<u8>,
+    /// Standard error, byte for byte.
+    pub stderr: Vec<u8>,
+}
+
+/// Why a command has no (good) output.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs)] // the fields are named for what they hold
+pub enum ConnectionError {
+    /// The command ran and failed: the machine's answer.
+    #[error("`{line}` on {peer} ended with {exit}{}", tail(stderr))]
+    Failed { line: String, peer: String, exit: Exit, stdout: Vec<u8>, stderr: Vec<u8> },
+    /// The channel to the machine broke or could not be made; whether the command ran is unknown.
+    #[error("{peer}: {what}")]
+    Transport {
+        peer: String,
+        what: String,
+        #[source]
+        source: Option<Box<dyn std::error::Error + Send + Sync>>,
+    },
+    /// The command did not end in time. It was killed where the transport can do that.
+    #[error("`{line}` on {peer}: {stop}")]
+    Stopped {
+        line: String,
+        peer: String,
+        #[source]
+        stop: Stop,
+    },
+}
+
+/// A way to run commands on one machine and to move files to and from it.
+///
+/// Implementations prove their channel with one command before they are handed out, and never
+/// outlive a call's deadline.
+pub trait Connection: Send {
+    /// Who is at the other end: `root@127.0.0.1:40022`, `ttyS0`, `this host`.
+    fn peer(&self) -> String;
+
+    /// Runs a command to its end. Does not look at the exit status: [`Connection::run`] does.
+    ///
+    /// # Errors
+    /// [`ConnectionError::Transport`] and [`ConnectionError::Stopped`] only.
+    fn exec(&mut self, cmd: Cmd<'_>, deadline: &Deadline) -> Result<Output, ConnectionError>;
+
+    /// Copies a local file to `remote`, replacing it as a whole, with the permission bits `mode`.
+    ///
+    /// # Errors
+    /// As [`Connection::run`].
+    fn upload(
+        &mut self,
+        local: &Path,
+        remote: &str,
+        mode: u32,
+        deadline: &Deadline,
+    ) -> Result<(), ConnectionError>;
+
+    /// Copies the file `remote` to `local`, which appears only when it is complete.
+    ///
+    /// # Errors
+    /// As [`Connection::run`].
+    fn download(&mut self, remote: &str, local: &Path, deadline: &Deadline) -> Result<(), ConnectionError>;
+
+    /// Runs a command and checks its exit status, unless the command may fail.
+    ///
+    /// # Errors
+    /// Any [`ConnectionError`].
+    fn run(&mut self, cmd: Cmd<'_>, deadline: &Deadline) -> Result<Output, ConnectionError> {
+        let (line, may_fail) = (cmd.line.clone(), cmd.may_fail);
+        let output = self.exec(cmd, deadline)?;
+        if may_fail || output.success() {
+            return Ok(output);
+        }
+        Err(ConnectionError::Failed {
+            line,
+            peer: self.peer(),
+            exit: output.exit,
+            stdout: output.stdout,
+            stderr: output.stderr,
+        })
+    }
+}
+
+impl<'a> Cmd<'a> {
+    /// A command line for `/bin/sh`.
+    pub fn new(line: impl Into<String>) -> Self {
+        Self { line: line.into(), stdin: Vec::new(), timeout: None, may_fail: false, on_output: None }
+    }
+
+    /// Gives the command these bytes on standard input.
+    #[must_use]
+    pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.stdin = bytes.into();
+        self
+    }
+
+    /// Limits this command alone.
+    #[must_use]
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
+    /// A non-zero exit is a result, not an error.
+    #[must_use]
+    pub fn allow_failure(mut self) -> Self {
+        self.may_fail = true;
+        self
+    }
+
+    /// Sees output as it comes.
+    #[must_use]
+    pub fn on_output(mut self, see: impl FnMut(Stream, &[u8]) + 'a) -> Self {
+        self.on_output = Some(Box::new(see));
+        self
+    }
+
+    /// The deadline of this command under the caller's.
+    pub fn deadline(&self, outer: &Deadline) -> Deadline {
+        match self.timeout {
+            Some(timeout) => outer.within(timeout, "the command's own timeout"),
+            None => outer.clone(),
+        }
+    }
+}
+
+impl From<&str> for Cmd<'_> {
+    fn from(line: &str) -> Self {
+        Self::new(line)
+    }
+}
+
+impl From<String> for Cmd<'_> {
+    fn from(line: String) -> Self {
+        Self::new(line)
+    }
+}
+
+impl Output {
+    /// True for exit status 0.
+    pub fn success(&self) -> bool {
+        self.exit == Exit::Code(0)
+    }
+
+    /// Standard output as text; invalid UTF-8 is replaced.
+    pub fn text(&self) -> std::borrow::Cow<'_, str> {
+        String::from_utf8_lossy(&self.stdout)
+    }
+}
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Code(code) => write!(f, "exit status {code}"),
+            Self::Signal(name) => write!(f, "signal {name}"),
+        }
+    }
+}
+
+/// The last lines of standard error, for a message.
+fn tail(stderr: &[u8]) -> String {
+    let text = String::from_utf8_lossy(stderr);
+    let lines: Vec<_> = text.trim_end().lines().collect();
+    let last = lines[lines.len().saturating_sub(5)..].join("\n  ");
+    if last.is_empty() { String::new() } else { format!("\n  {last}") }
+}

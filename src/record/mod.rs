@@ -1,0 +1,3 @@
+//! What a run leaves behind: run directory, metadata, ledger, diagnostics, events.
+
+pub mod event;
