@@ -88,7 +88,7 @@ impl Deadline {
 /// Seconds as a person writes them: `0.25 s`, `12.3 s`, `900 s`, `15 min`.
 pub fn human(duration: Duration) -> String {
     let seconds = duration.as_secs_f64();
-    if seconds >= 120.0 && duration.as_millis() % 60_000 == 0 {
+    if seconds >= 120.0 && duration.as_millis().is_multiple_of(60_000) {
         format!("{} min", duration.as_secs() / 60)
     } else if duration.subsec_millis() == 0 {
         format!("{} s", duration.as_secs())

@@ -20,8 +20,11 @@ pub struct Cmd<'a> {
     /// Whether a non-zero exit is a result rather than an error.
     pub may_fail: bool,
     /// Receives output as it comes, where the transport can stream; at the end where it cannot.
-    pub on_output: Option<Box<dyn FnMut(Stream, &[u8]) + 'a>>,
+    pub on_output: Option<Sink<'a>>,
 }
+
+/// Receives output while a command runs.
+pub type Sink<'a> = Box<dyn FnMut(Stream, &[u8]) + 'a>;
 
 /// Which of the two output streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
