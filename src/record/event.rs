@@ -17,8 +17,10 @@ pub enum Event {
     ImageReady { image: String, seconds: f64, cached: bool },
     /// Waiting for a slot among the machines that this host runs at once.
     SlotWait { limit: usize },
+    /// QEMU is about to be started with this command line.
+    QemuStarting { command: Vec<String> },
     /// QEMU runs.
-    QemuStarted { pid: u32, command: Vec<String> },
+    QemuStarted { pid: u32 },
     /// The guest wrote its first byte to the serial console.
     FirstConsoleOutput,
     /// A shell prompt on the serial console, as root.

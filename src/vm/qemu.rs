@@ -1,0 +1,142 @@
+//! One QEMU process: started, watched, ended.
+//!
+//! Owns the process, its standard error and its three sockets. What is said over the sockets is
+//! the business of `qmp`, `console` and the guest agent.
+
+use super::spec::{AGENT_FD, MachineSpec, QMP_FD, SERIAL_FD};
+use crate::deadline::Deadline;
+use crate::fault::Fault;
+use crate::process::{self, Child};
+use crate::record::event::{Event, Events};
+use anyhow::{Context, Result};
+use command_fds::{CommandFdExt, FdMapping};
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+
+/// A running QEMU. Dropping it kills it.
+#[derive(Debug)]
+pub struct Qemu {
+    child: Child,
+    stderr: PathBuf,
+    events: Events,
+    reported: bool,
+}
+
+/// Our ends of the sockets that QEMU was started with.
+#[derive(Debug)]
+pub struct Channels {
+    /// The serial console, `ttyS0`.
+    pub console: UnixStream,
+    /// QEMU's control protocol.
+    pub qmp: UnixStream,
+    /// The virtio-serial port of the guest agent.
+    pub agent: UnixStream,
+}
+
+impl Qemu {
+    /// Starts QEMU; its standard error goes to `stderr`, apart from the console.
+    ///
+    /// The command line is announced before the act, so that a death leaves it behind.
+    ///
+    /// # Errors
+    /// A host [`Fault`] when the program cannot be started.
+    pub fn start(spec: &MachineSpec, stderr: &Path, events: &Events) -> Result<(Self, Channels)> {
+        let argv = spec.argv();
+        let words = argv.iter().map(|w| w.to_string_lossy().into_owned()).collect();
+        let mut command = Command::new(&argv[0]);
+        command.args(&argv[1..]).stdin(Stdio::null()).stdout(Stdio::null());
+        let log = File::create(stderr)
+            .with_context(|| Fault::host(format!("cannot write {}", stderr.display())))?;
+        command.stderr(log);
+        let pair = || UnixStream::pair().context(Fault::host("cannot make a socket pair"));
+        let ((console, fd10), (qmp, fd11), (agent, fd12)) = (pair()?, pair()?, pair()?);
+        command
+            .fd_mappings(vec![
+                FdMapping { parent_fd: fd10.into(), child_fd: SERIAL_FD },
+                FdMapping { parent_fd: fd11.into(), child_fd: QMP_FD },
+                FdMapping { parent_fd: fd12.into(), child_fd: AGENT_FD },
+            ])
+            .context(Fault::host("cannot hand sockets to QEMU"))?;
+        events.emit(Event::QemuStarting { command: words });
+        let child = process::spawn(command)?;
+        events.emit(Event::QemuStarted { pid: child.id() });
+        let qemu = Self { child, stderr: stderr.to_owned(), events: events.clone(), reported: false };
+        Ok((qemu, Channels { console, qmp, agent }))
+    }
+
+    /// How it ended, or `None` while it runs.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        let status = self.child.try_wait().ok().flatten();
+        self.report(status);
+        status
+    }
+
+    /// A watch on the end of this QEMU that waits elsewhere can hold.
+    ///
+    /// # Errors
+    /// When the descriptor cannot be duplicated.
+    pub fn watch(&self) -> Result<Watch> {
+        let pidfd = self.child.pidfd().try_clone().context(Fault::host("cannot watch QEMU"))?;
+        Ok(Watch { pidfd, pid: self.child.id() })
+    }
+
+    /// Waits for the end.
+    ///
+    /// # Errors
+    /// `Stop` in the chain when the time is up.
+    pub fn wait(&mut self, deadline: &Deadline) -> Result<ExitStatus> {
+        let status = self.child.wait(deadline)?;
+        self.report(Some(status));
+        Ok(status)
+    }
+
+    /// Ends it now.
+    pub fn kill(&mut self) {
+        let status = self.child.kill();
+        self.report(status);
+    }
+
+    /// Why it is no longer there: its exit and the last lines of its standard error.
+    pub fn obituary(&mut self) -> String {
+        let end = self.ended().map_or_else(|| "still runs".to_owned(), process::describe);
+        let stderr = std::fs::read_to_string(&self.stderr).unwrap_or_default();
+        let lines: Vec<_> = stderr.trim_end().lines().collect();
+        match &lines[lines.len().saturating_sub(5)..] {
+            [] => format!("QEMU ended with {end}"),
+            last => format!("QEMU ended with {end}:\n  {}", last.join("\n  ")),
+        }
+    }
+
+    fn report(&mut self, status: Option<ExitStatus>) {
+        if let Some(status) = status
+            && !self.reported
+        {
+            self.reported = true;
+            self.events.emit(Event::QemuExited { status: process::describe(status) });
+        }
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Tells whether a QEMU still runs, without owning it.
+#[derive(Debug)]
+pub struct Watch {
+    pidfd: std::os::fd::OwnedFd,
+    pid: u32,
+}
+
+impl Watch {
+    /// Why waiting for the machine is pointless, or `None` while it runs.
+    pub fn gone(&self) -> Option<String> {
+        process::wait_readable(&self.pidfd, std::time::Duration::ZERO)
+            .unwrap_or(true)
+            .then(|| format!("QEMU (process {}) has ended", self.pid))
+    }
+}

@@ -1,0 +1,280 @@
+//! QMP, QEMU's control protocol, with a deadline on every exchange.
+//!
+//! Commands and events are `qapi`'s types. The exchange itself is ours because `qapi`'s blocking
+//! client waits for ever, and a wait here must end with its deadline or with the machine.
+//! Protocol: <https://www.qemu.org/docs/master/interop/qmp-spec.html>.
+
+use crate::deadline::{Deadline, Stop};
+use crate::process::wait_readable;
+use qapi::qmp;
+use serde::Deserialize;
+use serde_json::Value;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+/// A control connection to one QEMU.
+#[derive(Debug)]
+pub struct Qmp {
+    stream: UnixStream,
+    received: Vec<u8>,
+    events: Vec<String>,
+    next_id: u64,
+}
+
+/// Why a QMP command has no result.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum QmpError {
+    /// QEMU closed the connection: it ended.
+    #[error("QEMU ended")]
+    Closed,
+    /// QEMU refused the command.
+    #[error("QEMU refused `{command}`: {message}")]
+    Refused {
+        /// The command's name.
+        command: String,
+        /// QEMU's words.
+        message: String,
+    },
+    /// QEMU said something that is not QMP.
+    #[error("QEMU's answer to `{command}` is not understood: {what}")]
+    Protocol {
+        /// The command's name.
+        command: String,
+        /// What is wrong with the answer.
+        what: String,
+    },
+    /// The time was up first.
+    #[error("QEMU did not answer `{command}`: {stop}")]
+    Stopped {
+        /// The command's name.
+        command: String,
+        /// Whose limit it was.
+        #[source]
+        stop: Stop,
+    },
+    /// The socket broke.
+    #[error("the QMP socket broke")]
+    Io(#[from] io::Error),
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Message {
+    Greeting {
+        #[serde(rename = "QMP")]
+        _version: Value,
+    },
+    Answer {
+        id: u64,
+        #[serde(rename = "return", default)]
+        result: Option<Value>,
+        #[serde(default)]
+        error: Option<Refusal>,
+    },
+    Event {
+        event: String,
+    },
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    desc: String,
+}
+
+impl Qmp {
+    /// Waits for QEMU's greeting and leaves negotiation mode.
+    ///
+    /// # Errors
+    /// [`QmpError::Closed`] when QEMU ended first: its standard error says why.
+    pub fn open(stream: UnixStream, deadline: &Deadline) -> Result<Self, QmpError> {
+        stream.set_nonblocking(true)?;
+        let mut qmp = Self { stream, received: Vec::new(), events: Vec::new(), next_id: 1 };
+        loop {
+            match qmp.message("greeting", deadline)? {
+                Message::Greeting { .. } => break,
+                Message::Event { event } => qmp.events.push(event),
+                Message::Answer { .. } => {}
+            }
+        }
+        qmp.execute(&qmp::qmp_capabilities { enable: None }, deadline)?;
+        Ok(qmp)
+    }
+
+    /// Runs one command and waits for its result.
+    ///
+    /// # Errors
+    /// Any [`QmpError`].
+    pub fn execute<C: qapi::Command>(&mut self, command: &C, deadline: &Deadline) -> Result<C::Ok, QmpError> {
+        let arguments = serde_json::to_value(command).map_err(|e| protocol(C::NAME, e))?;
+        let result = self.call(C::NAME, arguments, deadline)?;
+        serde_json::from_value(result).map_err(|e| protocol(C::NAME, e))
+    }
+
+    /// Runs a command of the human monitor, for what QMP has no command.
+    ///
+    /// # Errors
+    /// Any [`QmpError`].
+    pub fn monitor(&mut self, line: &str, deadline: &Deadline) -> Result<String, QmpError> {
+        let command = qmp::human_monitor_command { cpu_index: None, command_line: line.to_owned() };
+        self.execute(&command, deadline)
+    }
+
+    /// Waits for an event by its name; one that came before counts, once.
+    ///
+    /// # Errors
+    /// Any [`QmpError`].
+    pub fn wait_event(&mut self, name: &str, deadline: &Deadline) -> Result<(), QmpError> {
+        loop {
+            if let Some(index) = self.events.iter().position(|e| e == name) {
+                self.events.remove(index);
+                return Ok(());
+            }
+            if let Message::Event { event } = self.message(name, deadline)? {
+                self.events.push(event);
+            }
+        }
+    }
+
+    fn call(&mut self, name: &str, arguments: Value, deadline: &Deadline) -> Result<Value, QmpError> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let mut line = serde_json::json!({ "execute": name, "arguments": arguments, "id": id }).to_string();
+        line.push('\n');
+        self.send(name, line.as_bytes(), deadline)?;
+        loop {
+            match self.message(name, deadline)? {
+                Message::Event { event } => self.events.push(event),
+                // An answer to a command that was given up on earlier is not ours.
+                Message::Answer { id: of, result, error } if of == id => {
+                    return match (result, error) {
+                        (_, Some(refusal)) => {
+                            Err(QmpError::Refused { command: name.to_owned(), message: refusal.desc })
+                        }
+                        (result, None) => Ok(result.unwrap_or_default()),
+                    };
+                }
+                Message::Answer { .. } | Message::Greeting { .. } => {}
+            }
+        }
+    }
+
+    fn send(&mut self, name: &str, mut bytes: &[u8], deadline: &Deadline) -> Result<(), QmpError> {
+        while !bytes.is_empty() {
+            match self.stream.write(bytes) {
+                Ok(n) => bytes = &bytes[n..],
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    deadline.check().map_err(|stop| stopped(name, stop))?;
+                    // Commands are smaller than the socket's buffer: this is a QEMU that stands still.
+                    std::thread::sleep(deadline.slice(Duration::from_millis(10)));
+                }
+                Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Err(QmpError::Closed),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn message(&mut self, name: &str, deadline: &Deadline) -> Result<Message, QmpError> {
+        loop {
+            if let Some(end) = self.received.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.received.drain(..=end).collect();
+                return serde_json::from_slice(&line).map_err(|e| protocol(name, e));
+            }
+            let mut chunk = [0; 4096];
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Err(QmpError::Closed),
+                Ok(n) => self.received.extend_from_slice(&chunk[..n]),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    deadline.check().map_err(|stop| stopped(name, stop))?;
+                    wait_readable(&self.stream, deadline.slice(Duration::from_millis(200)))
+                        .map_err(io::Error::other)?;
+                }
+                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Err(QmpError::Closed),
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+}
+
+fn protocol(command: &str, what: impl ToString) -> QmpError {
+    QmpError::Protocol { command: command.to_owned(), what: what.to_string() }
+}
+
+fn stopped(command: &str, stop: Stop) -> QmpError {
+    QmpError::Stopped { command: command.to_owned(), stop }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "Debian"}, "capabilities": ["oob"]}}"#;
+
+    fn deadline() -> Deadline {
+        Deadline::after(Duration::from_secs(10), "test")
+    }
+
+    /// Plays QEMU's part: for each line received, the next of `answers` goes out as it is.
+    fn peer(answers: &'static [&'static str]) -> UnixStream {
+        let (ours, theirs) = UnixStream::pair().expect("socketpair");
+        std::thread::spawn(move || {
+            let mut theirs = theirs;
+            let mut reader = io::BufReader::new(theirs.try_clone().expect("clone"));
+            let mut line = String::new();
+            for answer in answers {
+                if theirs.write_all(answer.as_bytes()).is_err() {
+                    return;
+                }
+                line.clear();
+                if matches!(io::BufRead::read_line(&mut reader, &mut line), Ok(0) | Err(_)) {
+                    return;
+                }
+            }
+        });
+        ours
+    }
+
+    #[test]
+    fn events_between_command_and_answer_are_kept() {
+        let stream = peer(&[
+            concat!(r#"{"QMP": {"version": {}, "capabilities": []}}"#, "\r\n"),
+            "{\"return\": {}, \"id\": 1}\r\n",
+            "{\"timestamp\": {\"seconds\": 1, \"microseconds\": 2}, \"event\": \"RESUME\"}\r\n{\"return\": \"hi\\r\\n\", \"id\": 2}\r\n",
+        ]);
+        let mut qmp = Qmp::open(stream, &deadline()).expect("opens");
+        assert_eq!(qmp.monitor("info name", &deadline()).expect("answers"), "hi\r\n");
+        qmp.wait_event("RESUME", &deadline()).expect("was kept");
+    }
+
+    #[test]
+    fn a_refusal_has_qemus_words() {
+        let stream = peer(&[
+            concat!(r#"{"QMP": {"version": {}, "capabilities": []}}"#, "\n"),
+            "{\"return\": {}, \"id\": 1}\n",
+            "{\"id\": 2, \"error\": {\"class\": \"GenericError\", \"desc\": \"no such device\"}}\n",
+        ]);
+        let mut qmp = Qmp::open(stream, &deadline()).expect("opens");
+        let error = qmp.monitor("x", &deadline()).expect_err("refused");
+        assert_eq!(error.to_string(), "QEMU refused `human-monitor-command`: no such device");
+    }
+
+    #[test]
+    fn a_qemu_that_ends_is_not_waited_for() {
+        let error = Qmp::open(peer(&[]), &deadline()).expect_err("closed");
+        assert!(matches!(error, QmpError::Closed), "{error}");
+    }
+
+    #[test]
+    fn a_silent_qemu_costs_the_deadline_and_no_more() {
+        let (ours, _theirs) = UnixStream::pair().expect("socketpair");
+        let error = Qmp::open(ours, &Deadline::after(Duration::from_millis(20), "test")).expect_err("silent");
+        assert!(matches!(error, QmpError::Stopped { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_real_greeting_is_a_greeting() {
+        assert!(matches!(serde_json::from_str(GREETING), Ok(Message::Greeting { .. })));
+    }
+}

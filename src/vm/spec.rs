@@ -1,0 +1,219 @@
+//! A machine, fully decided, and the QEMU command line that is it.
+//!
+//! Owns the translation from typed parts to `argv`. Starts nothing and creates no file.
+
+use super::accel::AccelKind;
+use super::needs::Bus;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use std::ffi::OsString;
+use std::os::fd::RawFd;
+use std::path::{Path, PathBuf};
+
+/// Where QEMU finds the connected sockets that we hand it.
+pub(crate) const SERIAL_FD: RawFd = 10;
+pub(crate) const QMP_FD: RawFd = 11;
+pub(crate) const AGENT_FD: RawFd = 12;
+
+/// Everything QEMU is told about a machine.
+#[derive(Clone, Debug)]
+pub struct MachineSpec {
+    /// Shown in process lists and in the guest's DMI data.
+    pub name: String,
+    /// The QEMU program.
+    pub qemu: PathBuf,
+    /// What executes guest code.
+    pub accelerator: AccelKind,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// BIOS when absent.
+    pub uefi: Option<UefiFiles>,
+    /// Kernel and initramfs for a boot without boot loader.
+    pub kernel: Option<KernelBoot>,
+    /// Media and disks in the order in which the guest should name them.
+    pub drives: Vec<Drive>,
+    /// systemd credentials for the guest, by name; they travel by SMBIOS.
+    pub credentials: Vec<(String, Vec<u8>)>,
+    /// The guest's only network card.
+    pub mac: [u8; 6],
+}
+
+/// The two flash chips of a UEFI machine.
+#[derive(Clone, Debug)]
+pub struct UefiFiles {
+    /// Code, shared and read-only.
+    pub code: PathBuf,
+    /// Variables, this machine's own copy.
+    pub vars: PathBuf,
+}
+
+/// A kernel that QEMU loads itself.
+#[derive(Clone, Debug)]
+pub struct KernelBoot {
+    /// The bzImage.
+    pub kernel: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+    /// The kernel command line.
+    pub cmdline: String,
+}
+
+/// What a drive's file contains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DriveFormat {
+    /// Bytes as they are; ISO files too.
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+}
+
+/// How a drive shows in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attach {
+    /// A CD-ROM drive on AHCI: `sr0`.
+    Cdrom,
+    /// A disk.
+    Disk(Bus),
+}
+
+/// One drive and its medium.
+#[derive(Clone, Debug)]
+pub struct Drive {
+    /// The file.
+    pub file: PathBuf,
+    /// How to read the file.
+    pub format: DriveFormat,
+    /// What the guest sees.
+    pub attach: Attach,
+    /// Serial number that the guest sees.
+    pub serial: String,
+    /// The guest cannot write. CD-ROMs always are.
+    pub read_only: bool,
+    /// Firmware boots from it.
+    pub boot: bool,
+}
+
+impl MachineSpec {
+    /// The command line, program first.
+    pub fn argv(&self) -> Vec<OsString> {
+        let mut a = Argv(vec![self.qemu.clone().into()]);
+        a.flag("-nodefaults").flag("-no-user-config");
+        a.opt("-name", format!("{0},process={0}", self.name));
+        a.opt("-display", "none");
+        a.opt("-machine", self.machine());
+        a.opt("-accel", self.accelerator.as_str());
+        a.opt("-cpu", self.accelerator.cpu());
+        a.opt("-smp", self.cpus.to_string());
+        a.opt("-m", format!("{}M", self.memory_mib));
+        self.firmware(&mut a);
+        if let Some(boot) = &self.kernel {
+            a.opt("-kernel", &boot.kernel).opt("-initrd", &boot.initrd).opt("-append", &boot.cmdline);
+        }
+        Self::channels(&mut a);
+        self.devices(&mut a);
+        for (index, drive) in self.drives.iter().enumerate() {
+            drive.argv(index, &mut a);
+        }
+        for (name, value) in &self.credentials {
+            let value = BASE64.encode(value);
+            a.opt("-smbios", format!("type=11,value=io.systemd.credential.binary:{name}={value}"));
+        }
+        a.0
+    }
+
+    fn machine(&self) -> String {
+        // No PS/2-over-VMware port; HPET costs timer exits and Linux has better clocks.
+        let mut machine = String::from("q35,vmport=off,hpet=off");
+        if self.uefi.is_some() {
+            machine.push_str(",pflash0=uefi-code,pflash1=uefi-vars");
+        }
+        machine
+    }
+
+    fn firmware(&self, a: &mut Argv) {
+        let Some(uefi) = &self.uefi else { return };
+        for (node, file, read_only) in [("uefi-code", &uefi.code, "on"), ("uefi-vars", &uefi.vars, "off")] {
+            a.opt(
+                "-blockdev",
+                format!("driver=raw,node-name={node},read-only={read_only},file.driver=file,file.filename={}", comma(file)),
+            );
+        }
+    }
+
+    /// Serial console, QMP and guest agent: sockets we are already connected to, so that there is
+    /// no path to leak, no port to steal and no moment to wait for.
+    fn channels(a: &mut Argv) {
+        a.opt("-chardev", format!("socket,id=console,fd={SERIAL_FD}"));
+        a.opt("-serial", "chardev:console");
+        a.opt("-chardev", format!("socket,id=qmp,fd={QMP_FD}"));
+        a.opt("-mon", "chardev=qmp,mode=control");
+        a.opt("-device", "virtio-serial-pci");
+        a.opt("-chardev", format!("socket,id=agent,fd={AGENT_FD}"));
+        a.opt("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0");
+    }
+
+    fn devices(&self, a: &mut Argv) {
+        // For screenshots; firmware and text consoles need one too.
+        a.opt("-device", "VGA");
+        a.opt("-device", "virtio-rng-pci");
+        // Port 0: the kernel chooses, QMP tells which; nobody can take it in between.
+        a.opt("-netdev", "user,id=net0,hostfwd=tcp:127.0.0.1:0-:22");
+        let mac = self.mac.map(|b| format!("{b:02x}")).join(":");
+        // No option ROM: nothing here boots from the network, and loading it costs firmware time.
+        a.opt("-device", format!("virtio-net-pci,netdev=net0,mac={mac},romfile="));
+        if self.drives.iter().any(|d| d.boot) {
+            a.opt("-boot", "menu=off,strict=on");
+        }
+    }
+}
+
+impl Drive {
+    fn argv(&self, index: usize, a: &mut Argv) {
+        let node = format!("drive{index}");
+        let (format, read_only) = match self.format {
+            DriveFormat::Raw => ("raw", self.read_only || self.attach == Attach::Cdrom),
+            DriveFormat::Qcow2 => ("qcow2", self.read_only),
+        };
+        let read_only = if read_only { "on" } else { "off" };
+        // Unsafe caching: the files die with the machine, so the guest's flushes need not reach a disk.
+        a.opt(
+            "-blockdev",
+            format!(
+                "driver={format},node-name={node},read-only={read_only},discard=unmap,cache.no-flush=on,\
+                 file.driver=file,file.cache.no-flush=on,file.discard=unmap,file.filename={}",
+                comma(&self.file)
+            ),
+        );
+        let boot = if self.boot { ",bootindex=0" } else { "" };
+        let serial = &self.serial;
+        let device = match self.attach {
+            Attach::Cdrom => format!("ide-cd,drive={node},bus=ide.{index},serial={serial}{boot}"),
+            Attach::Disk(Bus::Virtio) => format!("virtio-blk-pci,drive={node},serial={serial}{boot}"),
+            Attach::Disk(Bus::Nvme) => format!("nvme,drive={node},serial={serial}{boot}"),
+            Attach::Disk(Bus::Ahci) => format!("ide-hd,drive={node},bus=ide.{index},serial={serial}{boot}"),
+        };
+        a.opt("-device", device);
+    }
+}
+
+struct Argv(Vec<OsString>);
+
+impl Argv {
+    fn flag(&mut self, flag: &str) -> &mut Self {
+        self.0.push(flag.into());
+        self
+    }
+
+    fn opt(&mut self, flag: &str, value: impl Into<OsString>) -> &mut Self {
+        self.0.push(flag.into());
+        self.0.push(value.into());
+        self
+    }
+}
+
+/// QEMU's option syntax doubles a comma that is part of a value.
+fn comma(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
