@@ -1,6 +1,7 @@
 //! QEMU machines: from what a scenario needs to a running VM one can drive.
 
 pub mod accel;
+pub mod assemble;
 pub mod needs;
 pub mod qemu;
 pub mod qmp;

@@ -113,8 +113,9 @@ impl MachineSpec {
         }
         Self::channels(&mut a);
         self.devices(&mut a);
+        let mut ahci_port = 0;
         for (index, drive) in self.drives.iter().enumerate() {
-            drive.argv(index, &mut a);
+            drive.argv(index, &mut ahci_port, &mut a);
         }
         for (name, value) in &self.credentials {
             let value = BASE64.encode(value);
@@ -170,7 +171,7 @@ impl MachineSpec {
 }
 
 impl Drive {
-    fn argv(&self, index: usize, a: &mut Argv) {
+    fn argv(&self, index: usize, ahci_port: &mut u8, a: &mut Argv) {
         let node = format!("drive{index}");
         let (format, read_only) = match self.format {
             DriveFormat::Raw => ("raw", self.read_only || self.attach == Attach::Cdrom),
@@ -188,13 +189,18 @@ impl Drive {
         );
         let boot = if self.boot { ",bootindex=0" } else { "" };
         let serial = &self.serial;
-        let device = match self.attach {
-            Attach::Cdrom => format!("ide-cd,drive={node},bus=ide.{index},serial={serial}{boot}"),
-            Attach::Disk(Bus::Virtio) => format!("virtio-blk-pci,drive={node},serial={serial}{boot}"),
-            Attach::Disk(Bus::Nvme) => format!("nvme,drive={node},serial={serial}{boot}"),
-            Attach::Disk(Bus::Ahci) => format!("ide-hd,drive={node},bus=ide.{index},serial={serial}{boot}"),
+        let mut ahci = |kind| {
+            let device = format!("{kind},bus=ide.{ahci_port}");
+            *ahci_port += 1;
+            device
         };
-        a.opt("-device", device);
+        let device = match self.attach {
+            Attach::Cdrom => ahci("ide-cd"),
+            Attach::Disk(Bus::Ahci) => ahci("ide-hd"),
+            Attach::Disk(Bus::Virtio) => "virtio-blk-pci".to_owned(),
+            Attach::Disk(Bus::Nvme) => "nvme".to_owned(),
+        };
+        a.opt("-device", format!("{device},drive={node},serial={serial}{boot}"));
     }
 }
 
@@ -216,4 +222,93 @@ impl Argv {
 /// QEMU's option syntax doubles a comma that is part of a value.
 fn comma(path: &Path) -> String {
     path.to_string_lossy().replace(',', ",,")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(drives: Vec<Drive>) -> MachineSpec {
+        MachineSpec {
+            name: "shakedown-test".into(),
+            qemu: "/usr/bin/qemu-system-x86_64".into(),
+            accelerator: AccelKind::Tcg,
+            memory_mib: 1024,
+            cpus: 2,
+            uefi: None,
+            kernel: None,
+            drives,
+            credentials: Vec::new(),
+            mac: [0x52, 0x54, 0, 0x12, 0x34, 0x56],
+        }
+    }
+
+    fn drive(attach: Attach) -> Drive {
+        Drive {
+            file: "/d/disk.img".into(),
+            format: DriveFormat::Raw,
+            attach,
+            serial: "disk0".into(),
+            read_only: false,
+            boot: false,
+        }
+    }
+
+    fn line(spec: &MachineSpec) -> String {
+        spec.argv().iter().map(|w| w.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn no_default_device_and_only_loopback() {
+        let line = line(&spec(Vec::new()));
+        assert!(line.contains("-nodefaults") && line.contains("-no-user-config"));
+        assert!(line.contains("hostfwd=tcp:127.0.0.1:0-:22"));
+        assert!(!line.contains("fda") && !line.contains("pflash"));
+    }
+
+    #[test]
+    fn ahci_devices_take_ports_of_their_own() {
+        let drives = vec![
+            drive(Attach::Cdrom),
+            drive(Attach::Disk(Bus::Virtio)),
+            drive(Attach::Disk(Bus::Ahci)),
+            drive(Attach::Disk(Bus::Nvme)),
+        ];
+        let line = line(&spec(drives));
+        assert!(line.contains("ide-cd,bus=ide.0,drive=drive0"), "{line}");
+        assert!(line.contains("virtio-blk-pci,drive=drive1"), "{line}");
+        assert!(line.contains("ide-hd,bus=ide.1,drive=drive2"), "{line}");
+        assert!(line.contains("nvme,drive=drive3,serial=disk0"), "{line}");
+    }
+
+    #[test]
+    fn a_cdrom_is_read_only_and_a_comma_in_a_path_is_not_an_option() {
+        let mut cd = drive(Attach::Cdrom);
+        cd.file = "/d/a,b.iso".into();
+        cd.boot = true;
+        let line = line(&spec(vec![cd]));
+        assert!(line.contains("read-only=on"), "{line}");
+        assert!(line.contains("file.filename=/d/a,,b.iso"), "{line}");
+        assert!(line.contains("bootindex=0"), "{line}");
+    }
+
+    #[test]
+    fn credentials_travel_as_base64_by_smbios() {
+        let mut spec = spec(Vec::new());
+        spec.credentials = vec![("ssh.authorized_keys.root".into(), b"ssh-ed25519 AAAA".to_vec())];
+        let line = line(&spec);
+        assert!(
+            line.contains("type=11,value=io.systemd.credential.binary:ssh.authorized_keys.root=c3NoLWVkMjU1MTkgQUFBQQ=="),
+            "{line}"
+        );
+    }
+
+    #[test]
+    fn uefi_has_flash_and_bios_has_none() {
+        let mut spec = spec(Vec::new());
+        spec.uefi = Some(UefiFiles { code: "/f/CODE.fd".into(), vars: "/s/VARS.fd".into() });
+        let line = line(&spec);
+        assert!(line.contains("pflash0=uefi-code,pflash1=uefi-vars"), "{line}");
+        assert!(line.contains("node-name=uefi-vars,read-only=off"), "{line}");
+    }
 }
