@@ -24,7 +24,8 @@ pub struct Image {
     /// Firmware under which it boots.
     pub firmware: Vec<Firmware>,
     /// How to get a root shell on its serial console.
-    pub login: crate::console::LoginProfile,
+    /// `None` where there is none: the machine is then handed out as soon as it is powered on.
+    pub login: Option<crate::console::LoginProfile>,
     /// How the SSH key gets in.
     pub key: KeyEntry,
 }

@@ -2,9 +2,13 @@
 
 pub mod accel;
 pub mod assemble;
+mod diagnose;
+mod machine;
 pub mod needs;
 pub mod qemu;
 pub mod qmp;
+mod screen;
 pub mod spec;
 
+pub use machine::{Launch, Vm};
 pub use needs::{Boot, Bus, DiskNeed, Firmware, Medium, Needs};

@@ -82,6 +82,11 @@ impl Qemu {
         Ok(Watch { pidfd, pid: self.child.id() })
     }
 
+    /// The process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Waits for the end.
     ///
     /// # Errors
@@ -125,7 +130,7 @@ impl Drop for Qemu {
     }
 }
 
-/// Tells whether a QEMU still runs, without owning it.
+/// Tells whether a QEMU still runs, and can end it, without owning it.
 #[derive(Debug)]
 pub struct Watch {
     pidfd: std::os::fd::OwnedFd,
@@ -138,5 +143,10 @@ impl Watch {
         process::wait_readable(&self.pidfd, std::time::Duration::ZERO)
             .unwrap_or(true)
             .then(|| format!("QEMU (process {}) has ended", self.pid))
+    }
+
+    /// Ends it. Through the descriptor, so that never another process is hit.
+    pub fn kill(&self) {
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
     }
 }

@@ -124,6 +124,12 @@ impl MachineSpec {
         a.0
     }
 
+    /// The command line as one would type it.
+    pub fn command_line(&self) -> String {
+        let words: Vec<_> = self.argv().iter().map(|w| crate::process::quote(&w.to_string_lossy())).collect();
+        words.join(" ")
+    }
+
     fn machine(&self) -> String {
         // No PS/2-over-VMware port; HPET costs timer exits and Linux has better clocks.
         let mut machine = String::from("q35,vmport=off,hpet=off");

@@ -1,0 +1,461 @@
+//! A running machine, as a scenario holds it.
+//!
+//! Owns the order of a life: start, first console output, login prompt, SSH, work, power-off,
+//! evidence, end. Every wait in it ends when QEMU does.
+
+use super::assemble::{HostParts, assemble};
+use super::diagnose;
+use super::needs::Needs;
+use super::qemu::{Qemu, Watch};
+use super::qmp::Qmp;
+use super::screen;
+use super::spec::MachineSpec;
+use crate::connection::{Cmd, Connection, ConnectionError, KeyPair, Output, Session, Ssh, Target};
+use crate::console::{Console, Regex, Shell, WaitError};
+use crate::deadline::{Deadline, Stop};
+use crate::fault::Fault;
+use crate::image::{Image, KeyEntry};
+use crate::record::event::Event;
+use crate::record::{Evidence, Scratch};
+use anyhow::{Context, Result};
+use qapi::qmp;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+/// QEMU must be up and have greeted us in this time; it needs a tenth of a second.
+const QEMU_START: Duration = Duration::from_secs(30);
+/// A clean power-off under emulation takes two to five seconds.
+const POWER_OFF: Duration = Duration::from_secs(60);
+
+/// What a machine is started with and where its evidence goes.
+pub struct Launch<'a> {
+    /// Shown in process lists.
+    pub name: &'a str,
+    /// What the scenario declared.
+    pub needs: &'a Needs,
+    /// What it boots.
+    pub image: &'a Image,
+    /// What of this host it is made with.
+    pub host: &'a HostParts,
+    /// Opens root's account.
+    pub key: &'a KeyPair,
+    /// From QEMU's start to the first console output: `BOOT_IMAGE_VM_SPAWN_TIMEOUT`.
+    pub spawn_timeout: Duration,
+    /// From there to the end of the first SSH command: `BOOT_IMAGE_VM_LOGIN_TIMEOUT`.
+    pub login_timeout: Duration,
+    /// Receives what the machine leaves behind.
+    pub evidence: Arc<Evidence>,
+    /// The machine's own files.
+    pub scratch: Scratch,
+}
+
+/// A running machine. Dropping it ends it.
+pub struct Vm {
+    // Connections first: they hang on the process.
+    ssh: Option<Ssh>,
+    shell: Option<Shell>,
+    console: Console,
+    qmp: Qmp,
+    /// Kept open: a port on which nobody listens reads as closed to the guest.
+    _agent: UnixStream,
+    qemu: Qemu,
+    spec: MachineSpec,
+    image: Image,
+    key: KeyPair,
+    login_timeout: Duration,
+    deadline: Deadline,
+    evidence: Arc<Evidence>,
+    scratch: Scratch,
+}
+
+impl Vm {
+    /// Starts a machine and waits until it can be used: the first console output, then SSH where
+    /// the image takes a key.
+    ///
+    /// # Errors
+    /// A machine [`Fault`] when the guest does not get that far, with the last lines of its
+    /// console; a host [`Fault`] when QEMU cannot be started or is killed. The evidence is
+    /// collected before the error is returned.
+    pub fn start(launch: Launch<'_>, deadline: &Deadline) -> Result<Self> {
+        let mut vm = Self::power_on(launch, deadline)?;
+        match vm.become_usable() {
+            Ok(()) => Ok(vm),
+            Err(error) => {
+                diagnose::collect(&mut vm, false);
+                Err(error)
+            }
+        }
+    }
+
+    fn power_on(launch: Launch<'_>, deadline: &Deadline) -> Result<Self> {
+        let Launch { name, needs, image, host, key, evidence, scratch, .. } = launch;
+        let spec = assemble(name, needs, image, host, &key.public_line(), scratch.path(), deadline)?;
+        let events = evidence.events();
+        let logs = evidence.logs();
+        let start = deadline.within(QEMU_START, "QEMU's own start");
+        let (mut qemu, channels) = Qemu::start(&spec, &logs.join("qemu.stderr"), &events)?;
+        evidence.machine_started(&spec.argv())?;
+        let console = Console::attach(channels.console, &logs, events)?;
+        let qmp = Qmp::open(channels.qmp, &start).map_err(|error| {
+            let fault = Fault::host(format!("{}\nCommand: {}", qemu.obituary(), spec.command_line()));
+            anyhow::Error::new(error).context(fault)
+        })?;
+        let spawn = deadline.within(launch.spawn_timeout, "BOOT_IMAGE_VM_SPAWN_TIMEOUT");
+        let mut vm = Self {
+            ssh: None,
+            shell: None,
+            console,
+            qmp,
+            _agent: channels.agent,
+            qemu,
+            spec,
+            image: image.clone(),
+            key: key.clone(),
+            login_timeout: launch.login_timeout,
+            deadline: deadline.clone(),
+            evidence,
+            scratch,
+        };
+        if vm.image.login.is_some()
+            && let Err(error) = vm.console.first_output(&spawn)
+        {
+            let error = vm.explain(error, "nothing on the serial console");
+            diagnose::collect(&mut vm, false);
+            return Err(error);
+        }
+        Ok(vm)
+    }
+
+    fn become_usable(&mut self) -> Result<()> {
+        let login = self.deadline.within(self.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT");
+        match self.image.key {
+            KeyEntry::None => Ok(()),
+            KeyEntry::Console => {
+                let line = self.key.public_line();
+                self.log_in(&login)?;
+                let mut shell = self.session_on_console(&login)?;
+                shell.run(format!(
+                    "umask 077 && mkdir -p ~root/.ssh && echo '{line}' >> ~root/.ssh/authorized_keys"
+                ))?;
+                self.connect(&login)
+            }
+            KeyEntry::Smbios | KeyEntry::Nocloud => self.connect(&login),
+        }
+    }
+
+    /// Waits for SSH; meanwhile the moment of the login prompt is noted.
+    fn connect(&mut self, deadline: &Deadline) -> Result<()> {
+        let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, self.ssh_port()?));
+        let user = self.image.ssh_user().to_owned();
+        let watch = self.qemu.watch()?;
+        let target = Target::new(addr, user, self.key.clone()).until(move || watch.gone());
+        let connected = AtomicBool::new(false);
+        let (console, evidence) = (&mut self.console, &self.evidence);
+        let prompt = self.image.login.as_ref().map(|login| login.prompt());
+        let result = std::thread::scope(|scope| {
+            if let Some(prompt) = prompt {
+                scope.spawn(|| note_prompt(console, &prompt, &connected, evidence, deadline));
+            }
+            let result = Ssh::open(target, deadline);
+            connected.store(true, Ordering::SeqCst);
+            result
+        });
+        match result {
+            Ok(ssh) => {
+                self.evidence.ssh_ready(addr);
+                self.evidence.events().emit(Event::SshReady);
+                self.ssh = Some(ssh);
+                Ok(())
+            }
+            Err(error) => Err(self.explain(error, "no SSH")),
+        }
+    }
+
+    /// The machine over SSH, as root. Commands end with the scenario's deadline.
+    ///
+    /// # Errors
+    /// A host [`Fault`] when the image has no SSH.
+    pub fn ssh(&mut self) -> Result<Session<'_>> {
+        let ssh = self.ssh.as_mut().ok_or_else(|| {
+            Fault::host(format!("image `{}` has no way in by SSH", self.image.name))
+                .fix("use vm.console(), or set `key` in the image's settings")
+        })?;
+        Ok(Session::new(ssh, self.deadline.clone(), self.evidence.events()))
+    }
+
+    /// The machine over its serial console, logged in as root. The first call logs in.
+    ///
+    /// # Errors
+    /// A machine [`Fault`] when the login does not succeed.
+    pub fn console(&mut self) -> Result<Session<'_>> {
+        let deadline = self.deadline.clone();
+        self.log_in(&deadline.within(self.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT"))?;
+        self.session_on_console(&deadline)
+    }
+
+    fn session_on_console(&mut self, deadline: &Deadline) -> Result<Session<'_>> {
+        let shell = self.shell.as_mut().context(Fault::host("not logged in on the console"))?;
+        Ok(Session::new(shell, deadline.clone(), self.evidence.events()))
+    }
+
+    fn log_in(&mut self, deadline: &Deadline) -> Result<()> {
+        if self.shell.is_none() {
+            let profile = self.image.login.clone().ok_or_else(|| {
+                Fault::host(format!("image `{}` has no login on its serial console", self.image.name))
+            })?;
+            let shell = self.console.login(&profile, deadline);
+            self.shell = Some(shell.map_err(|error| self.add_obituary(error))?);
+        }
+        Ok(())
+    }
+
+    /// Waits for a pattern in what the serial console prints, control sequences taken out, and
+    /// gives the text that matched.
+    ///
+    /// # Errors
+    /// A machine [`Fault`] when the pattern does not come in time or the machine ends.
+    pub fn wait_for_console(&mut self, pattern: &str, timeout: Duration) -> Result<String> {
+        let regex = Regex::new(pattern).context(Fault::host(format!("`{pattern}` is not a regular expression")))?;
+        let deadline = self.deadline.within(timeout, "the wait for a line on the console");
+        let found = self.console.wait_for(&regex, &deadline);
+        found.map_err(|error| self.explain(error, &format!("`{pattern}` did not come on the serial console")))
+    }
+
+    /// Everything that the serial console printed so far, control sequences taken out.
+    pub fn console_text(&self) -> String {
+        self.console.text()
+    }
+
+    /// Powers off as a person would, by the ACPI button, and waits until QEMU has ended.
+    ///
+    /// # Errors
+    /// A machine [`Fault`] when the guest does not power off in a minute; it is killed then.
+    pub fn power_off(&mut self) -> Result<()> {
+        let deadline = self.deadline.within(POWER_OFF, "a clean power-off");
+        let events = self.evidence.events();
+        events.emit(Event::PowerOffRequested);
+        // A machine that is off already refuses the command; that is what was wanted.
+        if self.qemu.ended().is_none() {
+            let asked = self.qmp.execute(&qmp::system_powerdown {}, &deadline);
+            if asked.is_err() && self.qemu.ended().is_none() {
+                asked.context(Fault::host("QEMU cannot press the power button"))?;
+            }
+        }
+        let status = match self.qemu.wait(&deadline) {
+            Ok(status) => status,
+            Err(error) => {
+                let screen = self.console.tail(10);
+                self.qemu.kill();
+                return Err(error.context(Fault::machine(format!(
+                    "the machine did not power off; the last of its console:\n{}",
+                    indent(&screen)
+                ))));
+            }
+        };
+        let _ = self.console.wait_closed(&deadline);
+        if status.success() {
+            return Ok(());
+        }
+        Err(Fault::host(self.qemu.obituary()).into())
+    }
+
+    /// True once QEMU has ended, for whatever reason.
+    pub fn ended(&mut self) -> bool {
+        self.qemu.ended().is_some()
+    }
+
+    /// Takes a picture of the screen into the evidence and says where it is.
+    ///
+    /// # Errors
+    /// A host [`Fault`] when QEMU cannot.
+    pub fn screenshot(&mut self, label: &str) -> Result<PathBuf> {
+        let deadline = self.deadline.within(Duration::from_secs(10), "a screenshot");
+        self.take_screenshot(label, &deadline)
+    }
+
+    fn take_screenshot(&mut self, label: &str, deadline: &Deadline) -> Result<PathBuf> {
+        let file = self.evidence.diagnostic(label, "png")?;
+        let command = qmp::screendump {
+            device: None,
+            head: None,
+            format: Some(qmp::ImageFormat::png),
+            filename: file.to_string_lossy().into_owned(),
+        };
+        self.qmp.execute(&command, deadline).context(Fault::host("QEMU cannot take a screenshot"))?;
+        Ok(file)
+    }
+
+    /// Waits for a pattern on the screen, while that is in VGA text mode, and gives the screen.
+    ///
+    /// # Errors
+    /// A machine [`Fault`] when the pattern does not come in time or the machine ends.
+    pub fn wait_for_screen(&mut self, pattern: &str, timeout: Duration) -> Result<String> {
+        let regex =
+            Regex::new(pattern).with_context(|| Fault::host(format!("`{pattern}` is not a regular expression")))?;
+        let deadline = self.deadline.within(timeout, "the wait for a text on the screen");
+        loop {
+            let screen = screen::text(&mut self.qmp, self.scratch.path(), &deadline)
+                .map_err(|error| self.add_obituary(error))?;
+            if regex.is_match(screen.as_bytes()) {
+                return Ok(screen);
+            }
+            if let Err(stop) = deadline.check() {
+                let shown = indent(&screen);
+                return Err(anyhow::Error::new(stop)
+                    .context(Fault::machine(format!("`{pattern}` did not come on the screen, which shows:\n{shown}"))));
+            }
+            // The screen gives no sign of change; a look costs QEMU half a millisecond.
+            std::thread::sleep(deadline.slice(Duration::from_millis(50)));
+        }
+    }
+
+    /// The machine, as QEMU was told it.
+    pub fn spec(&self) -> &MachineSpec {
+        &self.spec
+    }
+
+    /// The process id of QEMU.
+    pub fn pid(&self) -> u32 {
+        self.qemu.id()
+    }
+
+    /// The deadline of the scenario that holds this machine.
+    pub fn deadline(&self) -> &Deadline {
+        &self.deadline
+    }
+
+    /// Ends the machine from another thread, so that all waits on it end.
+    ///
+    /// # Errors
+    /// When the descriptor cannot be duplicated.
+    pub fn watch(&self) -> Result<Watch> {
+        self.qemu.watch()
+    }
+
+    /// Files the evidence that every run has, and more when it did not pass; then ends the machine.
+    pub fn finish(mut self, passed: bool) {
+        diagnose::collect(&mut self, passed);
+    }
+
+    /// The port on this host that leads to the guest's SSH; the kernel chose it.
+    fn ssh_port(&mut self) -> Result<u16> {
+        let deadline = self.deadline.within(Duration::from_secs(10), "asking QEMU for the SSH port");
+        let table = self.qmp.monitor("info usernet", &deadline);
+        let table = table.map_err(|error| self.add_obituary(error.into()))?;
+        forwarded_port(&table)
+            .ok_or_else(|| Fault::host(format!("QEMU does not tell the SSH port:\n{table}")).into())
+    }
+
+    /// Turns the end of a wait into an error that says whose fault it is and what was last seen.
+    fn explain(&mut self, error: impl Into<anyhow::Error>, what: &str) -> anyhow::Error {
+        let error = error.into();
+        if error.chain().any(|e| matches!(e.downcast_ref(), Some(Stop::Interrupted))) {
+            return error;
+        }
+        let error = error.context(Fault::machine(format!(
+            "{what}; the last lines of the serial console:\n{}",
+            indent(&self.console.tail(15))
+        )));
+        self.add_obituary(error)
+    }
+
+    /// A QEMU that was killed or crashed is the host's fault whatever the wait on it says; one that
+    /// ended well was powered off by its guest.
+    fn add_obituary(&mut self, error: anyhow::Error) -> anyhow::Error {
+        match self.qemu.ended() {
+            Some(status) if status.success() => {
+                error.context(Fault::machine("the machine powered itself off"))
+            }
+            Some(_) => error.context(Fault::host(self.qemu.obituary())),
+            None => error,
+        }
+    }
+
+    /// The channel for questions about the machine's state: SSH, else a console that is logged in.
+    pub(super) fn ask(&mut self, cmd: Cmd<'_>, deadline: &Deadline) -> Option<Result<Output, ConnectionError>> {
+        if let Some(ssh) = &mut self.ssh {
+            return Some(ssh.run(cmd, deadline));
+        }
+        if self.shell.is_none()
+            && let Some(profile) = &self.image.login
+        {
+            self.shell = self.console.login(profile, deadline).ok();
+        }
+        self.shell.as_mut().map(|shell| shell.run(cmd, deadline))
+    }
+
+    pub(super) fn collect_host_side(&mut self, deadline: &Deadline) {
+        if self.qemu.ended().is_some() {
+            let obituary = self.qemu.obituary();
+            self.note(obituary);
+        } else if let Err(error) = self.take_screenshot("screenshot", deadline) {
+            self.note(format!("no screenshot: {error:#}"));
+        }
+    }
+
+    pub(super) fn file(&self, label: &str, extension: &str, content: &[u8]) {
+        let written = self.evidence.diagnostic(label, extension).and_then(|path| {
+            std::fs::write(&path, content)
+                .with_context(|| Fault::host(format!("cannot write {}", path.display())))
+        });
+        if let Err(error) = written {
+            self.note(format!("cannot file `{label}`: {error:#}"));
+        }
+    }
+
+    pub(super) fn note(&self, text: impl Into<String>) {
+        self.evidence.events().note(text);
+    }
+}
+
+/// Tells the moment of the login prompt without typing anything.
+fn note_prompt(
+    console: &mut Console,
+    prompt: &Regex,
+    connected: &AtomicBool,
+    evidence: &Evidence,
+    deadline: &Deadline,
+) {
+    loop {
+        // Asked before the look, so that one look follows the connection.
+        let last = connected.load(Ordering::SeqCst);
+        match console.wait_for(prompt, &deadline.within(Duration::from_millis(100), "one look at the console")) {
+            Ok(_) => return evidence.events().emit(Event::LoginSeen),
+            Err(WaitError::Stopped(Stop::Expired { .. })) if !last && !deadline.expired() => {}
+            Err(_) => return,
+        }
+    }
+}
+
+/// Finds the forward to the guest's port 22 in the human monitor's `info usernet`.
+fn forwarded_port(table: &str) -> Option<u16> {
+    table.lines().find_map(|line| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        match words[..] {
+            ["TCP[HOST_FORWARD]", _, "127.0.0.1", port, _, "22", ..] => port.parse().ok(),
+            _ => None,
+        }
+    })
+}
+
+fn indent(text: &str) -> String {
+    text.lines().map(|line| format!("  | {line}")).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_forwarded_port_is_found_in_qemus_table() {
+        let table = "Hub -1 (net0):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
+                     TCP[ESTABLISHED]   21       127.0.0.1 39123       10.0.2.15    22     0     0\r\n  \
+                     TCP[HOST_FORWARD]  17       127.0.0.1 39123       10.0.2.15    22     0     0\r\n";
+        assert_eq!(forwarded_port(table), Some(39123));
+        assert_eq!(forwarded_port("Hub -1 (net0):\r\n"), None);
+    }
+}

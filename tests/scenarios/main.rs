@@ -1,0 +1,9 @@
+//! Shakedown's own scenarios: the `debian` image, booted in every way that it promises.
+
+mod boot;
+mod disks;
+mod network;
+mod power;
+mod prebuilt;
+
+shakedown::main!();
