@@ -1,9 +1,22 @@
 //! Ways to run commands on a machine and to move files: one trait, several transports.
 //!
 //! Owns the vocabulary ([`Cmd`], [`Output`], [`Exit`], [`ConnectionError`]) and the rule that a
-//! transport that broke and a command that failed are different things. Knows nothing of QEMU.
+//! transport that broke and a command that failed are different things. A transport brings one
+//! primitive, [`Connection::exec`]; files move through it. Knows nothing of QEMU.
+
+mod files;
+pub mod key;
+pub mod local;
+pub mod session;
+pub mod ssh;
+
+pub use key::KeyPair;
+pub use local::Local;
+pub use session::Session;
+pub use ssh::Ssh;
 
 use crate::deadline::{Deadline, Stop};
+use std::io::{self, Read};
 use std::path::Path;
 use std::time::Duration;
 
@@ -11,14 +24,17 @@ use std::time::Duration;
 ///
 /// A plain string converts into it. A non-zero exit is an error unless [`Cmd::allow_failure`].
 pub struct Cmd<'a> {
-    /// Given to `/bin/sh -c` (or the login shell over SSH) as it is.
+    /// Given to `/bin/sh -c` as it is.
     pub line: String,
-    /// Bytes on standard input; empty means end-of-file at once.
-    pub stdin: Vec<u8>,
+    /// What standard input reads, to its end. A read must not block: it runs in the loop that also
+    /// takes the output.
+    pub stdin: Box<dyn Read + 'a>,
     /// A limit of its own, inside the connection's deadline.
     pub timeout: Option<Duration>,
     /// Whether a non-zero exit is a result rather than an error.
     pub may_fail: bool,
+    /// Whether [`Output`] gets standard output too; false for what is too big for memory.
+    pub keep: bool,
     /// Receives output as it comes, where the transport can stream; at the end where it cannot.
     pub on_output: Option<Sink<'a>>,
 }
@@ -72,12 +88,19 @@ pub enum ConnectionError {
         source: Option<Box<dyn std::error::Error + Send + Sync>>,
     },
     /// The command did not end in time. It was killed where the transport can do that.
-    #[error("`{line}` on {peer}: {stop}")]
+    #[error("`{line}` on {peer} did not end")]
     Stopped {
         line: String,
         peer: String,
         #[source]
         stop: Stop,
+    },
+    /// This host could not do its part: a local file cannot be read or written.
+    #[error("{what}")]
+    Host {
+        what: String,
+        #[source]
+        source: io::Error,
     },
 }
 
@@ -89,13 +112,18 @@ pub trait Connection: Send {
     /// Who is at the other end: `root@127.0.0.1:40022`, `ttyS0`, `this host`.
     fn peer(&self) -> String;
 
-    /// Runs a command to its end. Does not look at the exit status: [`Connection::run`] does.
+    /// Runs a command to its end: it has exited and its output streams are closed. What it leaves
+    /// in the background must therefore send its output elsewhere.
+    ///
+    /// Does not look at the exit status: [`Connection::run`] does.
     ///
     /// # Errors
-    /// [`ConnectionError::Transport`] and [`ConnectionError::Stopped`] only.
+    /// All but [`ConnectionError::Failed`].
     fn exec(&mut self, cmd: Cmd<'_>, deadline: &Deadline) -> Result<Output, ConnectionError>;
 
     /// Copies a local file to `remote`, replacing it as a whole, with the permission bits `mode`.
+    ///
+    /// The file is written beside `remote` with mode 0600 and renamed once it is complete.
     ///
     /// # Errors
     /// As [`Connection::run`].
@@ -105,13 +133,17 @@ pub trait Connection: Send {
         remote: &str,
         mode: u32,
         deadline: &Deadline,
-    ) -> Result<(), ConnectionError>;
+    ) -> Result<(), ConnectionError> {
+        files::upload(self, local, remote, mode, deadline)
+    }
 
-    /// Copies the file `remote` to `local`, which appears only when it is complete.
+    /// Copies the file `remote` to `local`, which appears only when it is complete, with mode 0600.
     ///
     /// # Errors
     /// As [`Connection::run`].
-    fn download(&mut self, remote: &str, local: &Path, deadline: &Deadline) -> Result<(), ConnectionError>;
+    fn download(&mut self, remote: &str, local: &Path, deadline: &Deadline) -> Result<(), ConnectionError> {
+        files::download(self, remote, local, deadline)
+    }
 
     /// Runs a command and checks its exit status, unless the command may fail.
     ///
@@ -136,13 +168,26 @@ pub trait Connection: Send {
 impl<'a> Cmd<'a> {
     /// A command line for `/bin/sh`.
     pub fn new(line: impl Into<String>) -> Self {
-        Self { line: line.into(), stdin: Vec::new(), timeout: None, may_fail: false, on_output: None }
+        Self {
+            line: line.into(),
+            stdin: Box::new(io::empty()),
+            timeout: None,
+            may_fail: false,
+            keep: true,
+            on_output: None,
+        }
     }
 
     /// Gives the command these bytes on standard input.
     #[must_use]
-    pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
-        self.stdin = bytes.into();
+    pub fn stdin(self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.stdin_from(io::Cursor::new(bytes.into()))
+    }
+
+    /// Gives the command what `source` reads: a file too big for memory. A read must not block.
+    #[must_use]
+    pub fn stdin_from(mut self, source: impl Read + 'a) -> Self {
+        self.stdin = Box::new(source);
         self
     }
 
@@ -157,6 +202,13 @@ impl<'a> Cmd<'a> {
     #[must_use]
     pub fn allow_failure(mut self) -> Self {
         self.may_fail = true;
+        self
+    }
+
+    /// Keeps no standard output: [`Cmd::on_output`] is to see it.
+    #[must_use]
+    pub fn discard_stdout(mut self) -> Self {
+        self.keep = false;
         self
     }
 
@@ -197,6 +249,51 @@ impl Output {
     /// Standard output as text; invalid UTF-8 is replaced.
     pub fn text(&self) -> std::borrow::Cow<'_, str> {
         String::from_utf8_lossy(&self.stdout)
+    }
+
+    /// Standard output as text without white space around it: what `$(...)` would give, and more.
+    pub fn trimmed(&self) -> String {
+        self.text().trim().to_owned()
+    }
+
+    /// The lines of standard output, without their ends.
+    pub fn lines(&self) -> Vec<String> {
+        self.text().lines().map(str::to_owned).collect()
+    }
+}
+
+/// Gathers a command's output for a transport: keeps it and shows it to the command's sink.
+pub(crate) struct Collector<'a> {
+    keep: bool,
+    sink: Option<Sink<'a>>,
+    stdout: Vec<u8>,
+    stderr: Vec<u8>,
+}
+
+impl<'a> Collector<'a> {
+    /// As a command wants it, by its `keep` and `on_output`.
+    pub(crate) fn new(keep: bool, sink: Option<Sink<'a>>) -> Self {
+        Self { keep, sink, stdout: Vec::new(), stderr: Vec::new() }
+    }
+
+    /// Takes bytes of one stream, in their order.
+    pub(crate) fn take(&mut self, stream: Stream, bytes: &[u8]) {
+        if bytes.is_empty() {
+            return;
+        }
+        if let Some(see) = &mut self.sink {
+            see(stream, bytes);
+        }
+        match stream {
+            Stream::Stdout if self.keep => self.stdout.extend_from_slice(bytes),
+            Stream::Stdout => {}
+            Stream::Stderr => self.stderr.extend_from_slice(bytes),
+        }
+    }
+
+    /// The whole output of a command that ended.
+    pub(crate) fn finish(self, exit: Exit) -> Output {
+        Output { exit, stdout: self.stdout, stderr: self.stderr }
     }
 }
 

@@ -1,0 +1,6 @@
+//! Connections against real peers: one contract for every implementation, and what SSH does when
+//! its peer is late, silent, wrong or dead.
+
+mod contract;
+mod ssh;
+mod sshd;
