@@ -3,3 +3,9 @@
 pub mod needs;
 
 pub use needs::{Boot, Bus, DiskNeed, Firmware, Medium, Needs};
+
+/// A running machine. Placeholder: the harness compiles against it.
+#[derive(Debug)]
+pub struct Vm {
+    _private: (),
+}
