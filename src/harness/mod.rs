@@ -44,7 +44,7 @@ use marker::Selection;
 use stage::Run;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -108,13 +108,13 @@ pub fn main(project: Project) -> ExitCode {
     }
 }
 
-/// Lists `count` made-up scenarios into nothing, by the code that lists real ones, and says how
-/// long it took. For `shakedown bench list`.
+/// Lists `count` made-up scenarios into the file `list`, by the code that lists real ones, and says
+/// how long it took. For `shakedown bench list`.
 ///
 /// # Errors
 /// When the harness refuses its own scenarios.
 #[doc(hidden)]
-pub fn bench_list(count: usize) -> Result<Duration> {
+pub fn bench_list(count: usize, list: &Path) -> Result<Duration> {
     let made_up = |n: usize| Scenario {
         name: format!("group_{}::scenario_{n}", n % 10).leak(),
         markers: if n.is_multiple_of(2) { &["vm", "slow"] } else { &[] },
@@ -126,10 +126,11 @@ pub fn bench_list(count: usize) -> Result<Duration> {
         body: Body::Plain(|| Ok(())),
     };
     let scenarios: &'static [Scenario] = (0..count).map(made_up).collect::<Vec<_>>().leak();
-    let arguments = ["bench", "-m", "any(vm, not(slow))", "--list", "--logfile", "/dev/null"];
+    let arguments = ["bench", "-m", "any(vm, not(slow))", "--list", "--logfile"];
+    let arguments = arguments.iter().map(OsString::from).chain([list.into()]);
     let project = Project { directory: env!("CARGO_MANIFEST_DIR"), manifest: "" };
     let begun = Instant::now();
-    run(project, arguments.map(OsString::from), scenarios)?;
+    run(project, arguments, scenarios)?;
     Ok(begun.elapsed())
 }
 
