@@ -2,7 +2,7 @@
 
 use crate::args::{Args, Disk, Machine};
 use proc_macro2::{Ident, Span, TokenStream};
-use quote::{ToTokens, quote};
+use quote::{ToTokens, quote, quote_spanned};
 use syn::{Error, ItemFn, Result, Signature};
 
 /// Expands `#[scenario(arguments)] item`.
@@ -30,9 +30,9 @@ pub(crate) fn scenario(arguments: TokenStream, item: TokenStream) -> Result<Toke
     let ignore = args.ignore.map_or_else(none, some);
     // Spanned at the function, so that a wrong parameter or return type is shown there.
     let body = if has_machine {
-        quote!(Vm(|vm| ::shakedown::__private::IntoResult::into_result(#ident(vm))))
+        quote_spanned!(ident.span()=> Vm(|vm| ::shakedown::__private::IntoResult::into_result(#ident(vm))))
     } else {
-        quote!(Plain(|| ::shakedown::__private::IntoResult::into_result(#ident())))
+        quote_spanned!(ident.span()=> Plain(|| ::shakedown::__private::IntoResult::into_result(#ident())))
     };
     let cfgs = function.attrs.iter().filter(|attribute| attribute.path().is_ident("cfg"));
     Ok(quote! {

@@ -46,6 +46,10 @@ impl Scenario {
 }
 
 /// What the function of a scenario may return.
+#[diagnostic::on_unimplemented(
+    message = "a scenario returns `()` or a `Result<(), E>`, not `{Self}`",
+    label = "returns `{Self}`"
+)]
 pub trait IntoResult {
     /// As the harness wants it.
     ///
