@@ -1,6 +1,8 @@
 //! The life of a machine as typed events: log, progress display and timings are its readers.
 
+use crate::process;
 use serde::Serialize;
+use std::fmt;
 use std::sync::Arc;
 
 /// Something that happened, worth a line in the log of a run.
@@ -35,6 +37,37 @@ pub enum Event {
     QemuExited { status: String },
     /// Free text, for what has no type of its own.
     Note { text: String },
+}
+
+/// For a person: one line, then what belongs to it on lines of its own.
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::ImageBuildStarted { image, log } => write!(f, "building image {image}\n{log}"),
+            Self::ImageBuildProgress { phase, percent: Some(percent) } => {
+                write!(f, "building image: {phase}, {percent} %")
+            }
+            Self::ImageBuildProgress { phase, percent: None } => write!(f, "building image: {phase}"),
+            Self::ImageReady { image, seconds, cached } => {
+                let how = if *cached { "from the store" } else { "built" };
+                write!(f, "image {image} ready, {how} in {seconds:.3} s")
+            }
+            Self::SlotWait { limit } => write!(f, "waiting: {limit} machines run already"),
+            Self::QemuStarted { pid, command } => {
+                let words: Vec<_> = command.iter().map(|word| process::quote(word)).collect();
+                write!(f, "QEMU started, pid {pid}\n{}", words.join(" "))
+            }
+            Self::FirstConsoleOutput => f.write_str("first output on the console"),
+            Self::LoginSeen => f.write_str("root shell on the console"),
+            Self::SshReady => f.write_str("first command ran over SSH"),
+            Self::Command { connection, command, status, seconds } => {
+                write!(f, "{connection}: {status} after {seconds:.3} s\n{command}")
+            }
+            Self::PowerOffRequested => f.write_str("power-off requested"),
+            Self::QemuExited { status } => write!(f, "QEMU ended: {status}"),
+            Self::Note { text } => f.write_str(text),
+        }
+    }
 }
 
 /// Receives events. Must not block for long: it runs in the thread that does the work.
@@ -73,8 +106,8 @@ impl Events {
     }
 }
 
-impl std::fmt::Debug for Events {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Events {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Events")
     }
 }

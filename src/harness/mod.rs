@@ -1,0 +1,267 @@
+//! The harness: finds the scenarios, selects them, runs them and says how it went.
+//!
+//! Owns the registry, markers, settings, the command line, deadlines and outcomes, and how many
+//! machines run at once. Printing and filtering by name are libtest-mimic's. Does not know how a
+//! machine is made or how evidence is written; `stage` is where it asks for both.
+//!
+//! # What runs
+//!
+//! `-m EXPRESSION` or `SHAKEDOWN_MARKERS` selects by marker, before names are filtered. Scenarios
+//! that are not selected are not there: not listed, not run, not on record, as with a name filter.
+//!
+//! A scenario is *ignored* for a reason of its own (`ignore = "reason"`) or because of a marker
+//! that the settings ignore. `--ignored` and `--include-ignored` run it all the same; so does, in
+//! the second case, an expression that names the marker and does not negate it: `-m nightly`. An
+//! ignored scenario prints its reason and gets a ledger line. Under `cargo nextest` ignored
+//! scenarios are never started, and so leave no line.
+//!
+//! # How it ends
+//!
+//! Exit status 0: all that ran has passed. 101: something `failed` or ended in `error`. 2: wrong
+//! settings, markers or command line; nothing ran. 130: Ctrl-C or SIGTERM; what ran and what had
+//! not begun is recorded as `interrupted`.
+
+mod command_line;
+mod marker;
+mod panics;
+mod scenario;
+mod settings;
+pub mod slots;
+mod stage;
+mod trial;
+mod verdict;
+
+pub use marker::BUILT_IN as BUILT_IN_MARKERS;
+pub use scenario::{Body, IntoResult, SCENARIOS, Scenario, without_crate};
+pub use settings::Settings;
+pub use verdict::Outcome;
+
+use crate::fault::Fault;
+use crate::process;
+use anyhow::{Result, bail};
+use libtest_mimic::{Arguments, Completion, Trial};
+use marker::Selection;
+use stage::Run;
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use verdict::Verdict;
+
+/// The package whose scenarios these are. [`main!`](crate::main) knows it.
+#[derive(Clone, Copy, Debug)]
+pub struct Project {
+    /// The directory of its `Cargo.toml` when it was compiled.
+    pub directory: &'static str,
+    /// The text of its `Cargo.toml`: in the binary, so that the binary can travel.
+    pub manifest: &'static str,
+}
+
+impl Project {
+    /// Where its `notes/` and fixtures are: the package, or the current directory on a host that
+    /// does not have it.
+    pub fn root(&self) -> PathBuf {
+        let compiled = PathBuf::from(self.directory);
+        if compiled.is_dir() { compiled } else { PathBuf::from(".") }
+    }
+}
+
+/// The `main` of a test with `harness = false`.
+///
+/// ```no_run
+/// use shakedown::prelude::*;
+///
+/// #[scenario]
+/// fn the_host_has_a_kernel() -> Result<()> {
+///     ensure!(std::path::Path::new("/proc/version").exists(), "no /proc");
+///     Ok(())
+/// }
+///
+/// shakedown::main!();
+/// ```
+#[macro_export]
+macro_rules! main {
+    () => {
+        fn main() -> ::std::process::ExitCode {
+            $crate::harness::main($crate::harness::Project {
+                directory: ::core::env!("CARGO_MANIFEST_DIR"),
+                manifest: ::core::include_str!(::core::concat!(
+                    ::core::env!("CARGO_MANIFEST_DIR"),
+                    "/Cargo.toml"
+                )),
+            })
+        }
+    };
+}
+
+/// Runs the scenarios of this binary as its command line says. See the [module](self) for the exit
+/// status.
+pub fn main(project: Project) -> ExitCode {
+    match run(project, std::env::args_os(), &SCENARIOS) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {}", verdict::explain(&error));
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Lists `count` made-up scenarios into the file `list`, by the code that lists real ones, and says
+/// how long it took. For `shakedown bench list`.
+///
+/// # Errors
+/// When the harness refuses its own scenarios.
+#[doc(hidden)]
+pub fn bench_list(count: usize, list: &Path) -> Result<Duration> {
+    let made_up = |n: usize| Scenario {
+        name: format!("group_{}::scenario_{n}", n % 10).leak(),
+        markers: if n.is_multiple_of(2) { &["vm", "slow"] } else { &[] },
+        machine: None,
+        timeout: None,
+        ignore: None,
+        file: file!(),
+        line: line!(),
+        body: Body::Plain(|| Ok(())),
+    };
+    let scenarios: &'static [Scenario] = (0..count).map(made_up).collect::<Vec<_>>().leak();
+    let arguments = ["bench", "-m", "any(vm, not(slow))", "--list", "--logfile"];
+    let arguments = arguments.iter().map(OsString::from).chain([list.into()]);
+    let project = Project { directory: env!("CARGO_MANIFEST_DIR"), manifest: "" };
+    let begun = Instant::now();
+    run(project, arguments, scenarios)?;
+    Ok(begun.elapsed())
+}
+
+fn run(
+    project: Project,
+    arguments: impl IntoIterator<Item = OsString>,
+    scenarios: &'static [Scenario],
+) -> Result<ExitCode> {
+    let settings = Settings::parse(project.manifest)?;
+    let mut scenarios = checked(scenarios, &settings)?;
+    let (arguments, selection) = command_line::parse(arguments, &settings.markers)?;
+    let all = scenarios.len();
+    if let Some(selection) = &selection {
+        scenarios.retain(|scenario| selection.matches(scenario.markers));
+    }
+    let not_selected = all - scenarios.len();
+    let reasons: Vec<_> =
+        scenarios.iter().map(|scenario| ignored(scenario, &settings, selection.as_ref())).collect();
+    let scenarios = scenarios.into_iter().zip(reasons);
+    if arguments.list {
+        let trials = scenarios.map(|(scenario, reason)| {
+            Trial::test(scenario.name, || Ok(())).with_ignored_flag(reason.is_some())
+        });
+        return Ok(libtest_mimic::run(&arguments, trials.collect()).exit_code());
+    }
+    process::handle_signals()?;
+    let run = Arc::new(Run::start(project, settings)?);
+    let tally = Arc::new(Tally::default());
+    let trials =
+        scenarios.map(|(scenario, reason)| trial(&run, &tally, &arguments, scenario, reason)).collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if let Some(line) = tally.summary(&run, not_selected, selection.as_ref()) {
+        eprintln!("{line}");
+    }
+    Ok(if process::interrupted() { ExitCode::from(130) } else { conclusion.exit_code() })
+}
+
+/// The scenarios by name, once it is certain that their names and markers are fine.
+fn checked(scenarios: &'static [Scenario], settings: &Settings) -> Result<Vec<&'static Scenario>> {
+    let mut scenarios: Vec<_> = scenarios.iter().collect();
+    scenarios.sort_by_key(|scenario| scenario.name);
+    for pair in scenarios.windows(2) {
+        let [first, second] = pair else { continue };
+        if first.name == second.name {
+            bail!(
+                "two scenarios are called `{}`: {}:{} and {}:{}",
+                first.name,
+                first.file,
+                first.line,
+                second.file,
+                second.line
+            );
+        }
+    }
+    for scenario in &scenarios {
+        let unknown = scenario.markers.iter().find(|marker| !settings.markers.has(marker));
+        if let Some(marker) = unknown {
+            let hint = settings.markers.hint(marker);
+            let Scenario { name, file, line, .. } = scenario;
+            return Err(Fault::host(format!("{file}:{line}: scenario `{name}` has the unknown marker `{marker}`{hint}"))
+                .fix(format!("correct it, or declare it in Cargo.toml: [package.metadata.shakedown.markers] {marker} = \"what it means\""))
+                .into());
+        }
+    }
+    Ok(scenarios)
+}
+
+/// Why a scenario does not run unless it is asked for.
+fn ignored(scenario: &Scenario, settings: &Settings, selection: Option<&Selection>) -> Option<String> {
+    if let Some(reason) = scenario.ignore {
+        return Some(reason.to_owned());
+    }
+    let asked_for = |marker: &str| selection.is_some_and(|selection| selection.asks_for(marker));
+    let marker = settings
+        .ignore
+        .iter()
+        .find(|marker| scenario.markers.contains(&marker.as_str()) && !asked_for(marker))?;
+    Some(format!("the settings ignore marker `{marker}`; -m {marker} runs it"))
+}
+
+/// A trial for libtest-mimic. It prints the reason of what is ignored only when the trial itself
+/// says so, so the flag is set only where `--ignored` filters by it.
+fn trial(
+    run: &Arc<Run>,
+    tally: &Arc<Tally>,
+    arguments: &Arguments,
+    scenario: &'static Scenario,
+    ignored: Option<String>,
+) -> Trial {
+    let flag = arguments.ignored && ignored.is_some();
+    let reason = ignored.filter(|_| !arguments.ignored && !arguments.include_ignored);
+    let (run, tally) = (Arc::clone(run), Arc::clone(tally));
+    let body = move || {
+        let verdict = match reason {
+            Some(reason) => trial::unstarted(&run, scenario, Verdict::new(Outcome::Ignored, reason)),
+            None => trial::execute(&run, scenario),
+        };
+        tally.count(verdict.outcome);
+        match verdict.outcome {
+            Outcome::Passed => Ok(Completion::Completed),
+            Outcome::Ignored => Ok(Completion::ignored_with(verdict.message)),
+            outcome => Err(format!("{outcome}: {}", verdict.message).into()),
+        }
+    };
+    Trial::ignorable_test(scenario.name, body).with_ignored_flag(flag)
+}
+
+/// Outcomes by number: libtest-mimic knows only one way to fail.
+#[derive(Default)]
+struct Tally(Mutex<BTreeMap<Outcome, usize>>);
+
+impl Tally {
+    fn count(&self, outcome: Outcome) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(outcome).or_default() += 1;
+    }
+
+    /// The last line of a run, for standard error. Nextest has its own.
+    fn summary(&self, run: &Run, not_selected: usize, selection: Option<&Selection>) -> Option<String> {
+        if std::env::var_os("NEXTEST").is_some() {
+            return None;
+        }
+        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut parts: Vec<_> =
+            counts.iter().map(|(outcome, number)| format!("{number} {outcome}")).collect();
+        if let Some(selection) = selection {
+            parts.push(format!("{not_selected} not selected by {}", selection.origin()));
+        }
+        if parts.is_empty() {
+            parts.push("nothing ran".into());
+        }
+        let evidence = run.evidence().map(|path| format!("; evidence in {}", path.display()));
+        Some(format!("scenarios: {}{}", parts.join(", "), evidence.unwrap_or_default()))
+    }
+}

@@ -1,0 +1,146 @@
+//! The project's settings: `[package.metadata.shakedown]` in its `Cargo.toml`.
+//!
+//! ```toml
+//! [package.metadata.shakedown]
+//! image = "debian"                   # the default image
+//! ignore = ["hardware", "nightly"]   # markers whose scenarios run only when asked for
+//!
+//! [package.metadata.shakedown.markers]
+//! lab_a = "needs the rack in lab A"  # the project's own markers
+//!
+//! [package.metadata.shakedown.images.debian]
+//! recipe = "debian"                  # read by the image module
+//! ```
+//!
+//! Owns which keys there are. What an image's table means is the image module's business.
+
+use super::marker::Known;
+use crate::fault::Fault;
+use crate::nearest;
+use anyhow::{Context, Result, bail};
+use std::collections::BTreeMap;
+use toml::{Table, Value};
+
+const KEYS: [&str; 4] = ["image", "ignore", "markers", "images"];
+
+/// The settings of a project, checked.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The image of scenarios that name none.
+    pub image: Option<String>,
+    /// Markers whose scenarios are ignored unless they are asked for.
+    pub ignore: Vec<String>,
+    /// The project's images by name, each as its table says it.
+    pub images: BTreeMap<String, Table>,
+    pub(crate) markers: Known,
+}
+
+impl Settings {
+    /// Reads the text of a `Cargo.toml`. One without our section has the default settings.
+    ///
+    /// # Errors
+    /// A host [`Fault`] that names the key, and the nearest right one for a typo.
+    pub fn parse(manifest: &str) -> Result<Self> {
+        Self::read(manifest)
+            .context(Fault::host("the settings in [package.metadata.shakedown] of Cargo.toml are wrong"))
+    }
+
+    fn read(manifest: &str) -> Result<Self> {
+        let manifest: Table = manifest.parse().context("Cargo.toml is not TOML")?;
+        let section = ["package", "metadata", "shakedown"]
+            .iter()
+            .try_fold(&manifest, |table, key| table.get(*key).and_then(Value::as_table));
+        let empty = Table::new();
+        let section = section.unwrap_or(&empty);
+        if let Some(key) = section.keys().find(|key| !KEYS.contains(&key.as_str())) {
+            bail!("unknown key `{key}`{}", nearest::hint(key, KEYS));
+        }
+        let own = strings(table(section, "markers")?, "markers")?;
+        let markers = Known::with(own)?;
+        let ignore = match section.get("ignore") {
+            None => Vec::new(),
+            Some(value) => list(value).context("`ignore` must be a list of markers in quotes")?,
+        };
+        if let Some(marker) = ignore.iter().find(|marker| !markers.has(marker)) {
+            bail!("`ignore` names the unknown marker `{marker}`{}", markers.hint(marker));
+        }
+        let images = tables(table(section, "images")?, "images")?;
+        let image = match section.get("image") {
+            None => None,
+            Some(Value::String(name)) => Some(name.clone()),
+            Some(_) => bail!("`image` must be an image's name in quotes"),
+        };
+        Ok(Self { image, ignore, images, markers })
+    }
+}
+
+fn table<'a>(section: &'a Table, key: &str) -> Result<Option<&'a Table>> {
+    match section.get(key) {
+        None => Ok(None),
+        Some(Value::Table(table)) => Ok(Some(table)),
+        Some(_) => bail!("`{key}` must be a table: [package.metadata.shakedown.{key}]"),
+    }
+}
+
+fn list(value: &Value) -> Option<Vec<String>> {
+    value.as_array()?.iter().map(|item| item.as_str().map(str::to_owned)).collect()
+}
+
+fn strings(table: Option<&Table>, of: &str) -> Result<Vec<(String, String)>> {
+    let entry = |(key, value): (&String, &Value)| match value {
+        Value::String(text) => Ok((key.clone(), text.clone())),
+        _ => bail!("`{of}.{key}` must be a text that says what it means"),
+    };
+    table.into_iter().flatten().map(entry).collect()
+}
+
+fn tables(table: Option<&Table>, of: &str) -> Result<BTreeMap<String, Table>> {
+    let entry = |(key, value): (&String, &Value)| match value {
+        Value::Table(table) => Ok((key.clone(), table.clone())),
+        _ => bail!("`{of}.{key}` must be a table: [package.metadata.shakedown.{of}.{key}]"),
+    };
+    table.into_iter().flatten().map(entry).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(section: &str) -> Result<Settings> {
+        Settings::parse(&format!("[package]\nname = 'x'\n[package.metadata.shakedown]\n{section}"))
+    }
+
+    #[test]
+    fn a_whole_section_is_read() {
+        let settings = parse(
+            "image = 'mine'\nignore = ['nightly', 'lab']\nmarkers = { lab = 'our lab' }\nimages.mine.recipe = 'debian'",
+        )
+        .expect("reads");
+        assert_eq!(settings.image.as_deref(), Some("mine"));
+        assert_eq!(settings.ignore, ["nightly", "lab"]);
+        assert!(settings.markers.has("lab") && settings.markers.has("vm"));
+        assert_eq!(settings.images["mine"]["recipe"].as_str(), Some("debian"));
+    }
+
+    #[test]
+    fn no_section_is_fine() {
+        assert!(Settings::parse("[workspace]").expect("reads").ignore.is_empty());
+    }
+
+    #[test]
+    fn mistakes_name_the_key_and_the_right_one() {
+        for (section, message) in [
+            ("ignored = []", "unknown key `ignored`; did you mean `ignore`?"),
+            ("ignore = 'slow'", "list of markers"),
+            ("ignore = ['slo']", "unknown marker `slo`; did you mean `slow`?"),
+            ("markers = ['lab']", "`markers` must be a table"),
+            ("markers.lab = 1", "`markers.lab` must be a text"),
+            ("markers.unix = 'x'", "`unix` cannot be a marker"),
+            ("images.mine = 'x.qcow2'", "`images.mine` must be a table"),
+            ("image = 1", "`image` must be"),
+        ] {
+            let text = format!("{:#}", parse(section).expect_err(section));
+            assert!(text.contains(message), "{section}: {text}");
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! One execution of a scenario: a thread of its own, watched until its deadline.
+//!
+//! The body may block where it never looks at its deadline. So it is not trusted to end: past the
+//! deadline it gets a moment, then its machine is killed (every wait on a machine ends with it),
+//! then its thread is left behind and the run goes on. What a left-behind thread holds ends with
+//! the process.
+
+use super::panics;
+use super::scenario::{Body, Scenario};
+use super::stage::{Run, Stage};
+use super::verdict::{Outcome, Phase, Verdict};
+use crate::deadline::Deadline;
+use crate::process;
+use anyhow::Result;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+/// How often the watcher looks whether it must step in. An end of the body wakes it at once.
+const POLL: Duration = Duration::from_millis(100);
+/// What a body gets to notice that its time is up; waits look every fifth of a second.
+const GRACE: Duration = Duration::from_secs(2);
+/// What diagnostics and power-off may take, which bound themselves, before the machine is killed.
+const SETTLING: Duration = Duration::from_secs(180);
+
+/// Runs a scenario to its outcome, and puts it on record.
+pub(super) fn execute(run: &Run, scenario: &'static Scenario) -> Verdict {
+    if process::interrupted() {
+        return unstarted(run, scenario, Verdict::new(Outcome::Interrupted, "not started"));
+    }
+    let begun = Instant::now();
+    let stage = match run.open(scenario) {
+        Ok(stage) => Arc::new(stage),
+        Err(error) => return Verdict::of(Phase::Setup, Ok(Err(error))),
+    };
+    let prepared = match &scenario.machine {
+        Some(needs) => Verdict::of(Phase::Setup, panics::catch(|| stage.prepare(needs))),
+        None => Verdict::new(Outcome::Passed, ""),
+    };
+    let mut verdict = match prepared.outcome {
+        Outcome::Passed => perform_watched(&stage, scenario),
+        _ => prepared,
+    };
+    if let Err(error) = stage.close(&verdict, begun.elapsed()) {
+        verdict = verdict.but(error);
+    }
+    if let Some(evidence) = stage.evidence().filter(|_| verdict.outcome != Outcome::Passed) {
+        verdict.message = format!("{}\nEvidence: {}", verdict.message, evidence.display());
+    }
+    verdict
+}
+
+/// Puts on record that a scenario did not run.
+pub(super) fn unstarted(run: &Run, scenario: &Scenario, verdict: Verdict) -> Verdict {
+    match run.record_unstarted(scenario, &verdict) {
+        Ok(()) => verdict,
+        Err(error) => verdict.but(error),
+    }
+}
+
+fn perform_watched(stage: &Arc<Stage>, scenario: &'static Scenario) -> Verdict {
+    let deadline = Deadline::after(scenario.timeout(), "scenario timeout");
+    let (verdicts, inbox) = mpsc::channel();
+    let thread = std::thread::Builder::new().name(scenario.name.to_owned()).spawn({
+        let (stage, deadline) = (Arc::clone(stage), deadline.clone());
+        move || perform(&stage, scenario, &deadline, &verdicts)
+    });
+    if let Err(error) = thread {
+        return Verdict::new(Outcome::Error, format!("cannot start a thread: {error}"));
+    }
+    let verdict = watch(&inbox, &deadline, &|| stage.kill_machine());
+    verdict.in_time(&deadline)
+}
+
+/// The scenario itself, in its own thread. The verdict is sent before the machine is put away; the
+/// end of the channel says that it is.
+fn perform(stage: &Stage, scenario: &Scenario, deadline: &Deadline, verdicts: &mpsc::Sender<Verdict>) {
+    // A receiver that is gone has left this thread behind and has its verdict.
+    let send = |verdict: &Verdict| drop(verdicts.send(verdict.clone()));
+    match (scenario.body, &scenario.machine) {
+        (Body::Plain(body), _) => send(&Verdict::of(Phase::Body, panics::catch(body))),
+        (Body::Vm(body), Some(needs)) => {
+            let mut vm = match panics::catch(|| stage.boot(needs, deadline)) {
+                Ok(Ok(vm)) => vm,
+                failed => return send(&Verdict::of(Phase::Setup, failed.map(|result| result.map(drop)))),
+            };
+            let verdict = Verdict::of(Phase::Body, panics::catch(|| body(&mut vm)));
+            send(&verdict);
+            stage.settle(vm, &verdict);
+        }
+        (Body::Vm(_), None) => send(&Verdict::new(Outcome::Error, "the scenario declares no machine")),
+    }
+}
+
+/// Waits for the verdict, then for the end of the thread, and never much longer than it should.
+fn watch(inbox: &Receiver<Verdict>, deadline: &Deadline, kill_machine: &dyn Fn()) -> Verdict {
+    let lost = || Verdict::new(Outcome::Error, "the scenario's thread ended without a verdict");
+    let stop = loop {
+        match inbox.recv_timeout(deadline.slice(POLL)) {
+            Ok(verdict) => return settled(inbox, verdict, kill_machine),
+            Err(RecvTimeoutError::Disconnected) => return lost(),
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        if let Err(stop) = deadline.check() {
+            break stop;
+        }
+    };
+    for step_in in [kill_machine, &|| ()] {
+        match inbox.recv_timeout(GRACE) {
+            Ok(verdict) => return settled(inbox, verdict, kill_machine),
+            Err(RecvTimeoutError::Disconnected) => return lost(),
+            Err(RecvTimeoutError::Timeout) => step_in(),
+        }
+    }
+    let result: Result<()> = Err(stop.into());
+    let mut verdict = Verdict::of(Phase::Body, Ok(result));
+    verdict.message += "; the body did not notice and was left behind";
+    verdict
+}
+
+fn settled(inbox: &Receiver<Verdict>, verdict: Verdict, kill_machine: &dyn Fn()) -> Verdict {
+    // Nothing more is ever sent: this ends when the thread does.
+    if inbox.recv_timeout(SETTLING) == Err(RecvTimeoutError::Timeout) {
+        kill_machine();
+    }
+    verdict
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    fn passed() -> Verdict {
+        Verdict::new(Outcome::Passed, "")
+    }
+
+    #[test]
+    fn a_verdict_is_passed_on_once_the_thread_has_ended() {
+        let (verdicts, inbox) = mpsc::channel();
+        verdicts.send(passed()).expect("open");
+        drop(verdicts);
+        let ample = Deadline::after(Duration::from_secs(60), "scenario timeout");
+        let verdict = watch(&inbox, &ample, &|| panic!("nothing to kill"));
+        assert_eq!(verdict, passed());
+    }
+
+    #[test]
+    fn a_body_that_hangs_loses_its_machine_once_and_is_left_behind() {
+        let (verdicts, inbox) = mpsc::channel();
+        let kills = AtomicUsize::new(0);
+        let over = Deadline::after(Duration::ZERO, "scenario timeout");
+        let verdict = watch(&inbox, &over, &|| {
+            kills.fetch_add(1, Ordering::SeqCst);
+        });
+        assert_eq!(verdict.outcome, Outcome::Failed);
+        assert!(verdict.message.contains("scenario timeout") && verdict.message.contains("left behind"));
+        assert_eq!(kills.into_inner(), 1);
+        drop(verdicts);
+    }
+
+    #[test]
+    fn a_body_that_ends_when_its_machine_is_killed_has_the_last_word() {
+        let (verdicts, inbox) = mpsc::channel();
+        let verdicts = std::sync::Mutex::new(Some(verdicts));
+        let over = Deadline::after(Duration::ZERO, "scenario timeout");
+        let verdict = watch(&inbox, &over, &|| {
+            let sender = verdicts.lock().expect("not poisoned").take();
+            if let Some(sender) = sender {
+                sender.send(Verdict::new(Outcome::Failed, "QEMU ended")).expect("open");
+            }
+        });
+        assert_eq!(verdict.message, "QEMU ended");
+    }
+}

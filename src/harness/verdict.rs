@@ -1,0 +1,175 @@
+//! From how a body ended to an outcome and to the text a person reads.
+
+use crate::deadline::{Deadline, Stop};
+use crate::fault::{Blame, blame};
+use crate::process;
+use anyhow::{Error, Result};
+use serde::Serialize;
+use std::fmt;
+
+/// How one execution of a scenario ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The body returned in time and without an error.
+    Passed,
+    /// The machine under test, or an assertion about it.
+    Failed,
+    /// We, the host, the image or QEMU.
+    Error,
+    /// It did not run, for a reason that is on record.
+    Ignored,
+    /// Ctrl-C or SIGTERM.
+    Interrupted,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Passed => "passed",
+            Self::Failed => "failed",
+            Self::Error => "error",
+            Self::Ignored => "ignored",
+            Self::Interrupted => "interrupted",
+        })
+    }
+}
+
+/// An outcome and why. A passed scenario has no message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    pub(crate) outcome: Outcome,
+    pub(crate) message: String,
+}
+
+/// What was going on when an error that blames nobody came up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Phase {
+    /// Evidence, image, slot, boot: our work.
+    Setup,
+    /// The scenario's own function: what it says is about the machine.
+    Body,
+}
+
+impl Verdict {
+    pub(crate) fn new(outcome: Outcome, message: impl Into<String>) -> Self {
+        Self { outcome, message: message.into() }
+    }
+
+    /// Judges the end of a phase: `Err` is the message of a panic.
+    pub(crate) fn of(phase: Phase, result: Result<Result<()>, String>) -> Self {
+        let unblamed = match phase {
+            Phase::Setup => Outcome::Error,
+            Phase::Body => Outcome::Failed,
+        };
+        match result {
+            Ok(Ok(())) => Self::new(Outcome::Passed, ""),
+            Ok(Err(error)) => {
+                let outcome = match blame(&error) {
+                    _ if process::interrupted() || interrupted(&error) => Outcome::Interrupted,
+                    Some(Blame::Machine) => Outcome::Failed,
+                    Some(Blame::Host) => Outcome::Error,
+                    None => unblamed,
+                };
+                Self::new(outcome, explain(&error))
+            }
+            // A panic when everything is being torn down says nothing about the machine.
+            Err(message) if process::interrupted() => Self::new(Outcome::Interrupted, message),
+            Err(message) => Self::new(unblamed, message),
+        }
+    }
+
+    /// The same, when it could not be put on record: without a record nothing has passed.
+    pub(crate) fn but(mut self, error: Error) -> Self {
+        if matches!(self.outcome, Outcome::Passed | Outcome::Ignored) {
+            self.outcome = Outcome::Error;
+        }
+        let error = explain(&error.context("cannot put the outcome on record"));
+        self.message = if self.message.is_empty() { error } else { format!("{}\n{error}", self.message) };
+        self
+    }
+
+    /// The same, but a body that ended well too late has failed.
+    pub(crate) fn in_time(self, deadline: &Deadline) -> Self {
+        if self.outcome == Outcome::Passed && deadline.expired() {
+            Self::new(Outcome::Failed, deadline.expiry().to_string())
+        } else {
+            self
+        }
+    }
+}
+
+fn interrupted(error: &Error) -> bool {
+    let is = |stop: Option<&Stop>| matches!(stop, Some(Stop::Interrupted));
+    is(error.downcast_ref()) || error.chain().any(|cause| is(cause.downcast_ref()))
+}
+
+/// The chain of an error, outermost first, one link a line; the fixes at the end.
+pub(crate) fn explain(error: &Error) -> String {
+    let mut links: Vec<String> = Vec::new();
+    let mut fixes: Vec<String> = Vec::new();
+    for cause in error.chain() {
+        let text = cause.to_string();
+        let (fix, lines): (Vec<_>, Vec<_>) = text.lines().partition(|line| line.starts_with("Fix: "));
+        let link = lines.join("\n");
+        // Errors that print their source have said it already.
+        if !links.last().is_some_and(|last| last.contains(&link)) {
+            links.push(link);
+        }
+        fixes.extend(fix.into_iter().map(str::to_owned));
+    }
+    let mut text = links.join("\ncaused by: ");
+    for fix in fixes {
+        text = format!("{text}\n{fix}");
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fault::Fault;
+    use anyhow::{Context, anyhow};
+    use std::time::Duration;
+
+    fn outcome(phase: Phase, error: impl Into<Error>) -> Outcome {
+        Verdict::of(phase, Ok(Err(error.into()))).outcome
+    }
+
+    #[test]
+    fn blame_decides_and_else_the_phase() {
+        use Phase::{Body, Setup};
+        assert_eq!(outcome(Body, anyhow!("3 disks, not 2")), Outcome::Failed);
+        assert_eq!(outcome(Setup, anyhow!("no such file")), Outcome::Error);
+        assert_eq!(outcome(Setup, Fault::machine("no login prompt")), Outcome::Failed);
+        assert_eq!(outcome(Body, Fault::host("disk full")), Outcome::Error);
+        assert_eq!(outcome(Body, Stop::Interrupted), Outcome::Interrupted);
+        assert_eq!(outcome(Body, Error::new(Stop::Interrupted).context("booting")), Outcome::Interrupted);
+        assert_eq!(Verdict::of(Body, Err("boom".into())).outcome, Outcome::Failed);
+        assert_eq!(Verdict::of(Setup, Err("boom".into())).outcome, Outcome::Error);
+    }
+
+    #[test]
+    fn success_after_the_deadline_is_a_failure() {
+        let passed = || Verdict::of(Phase::Body, Ok(Ok(())));
+        let over = Deadline::after(Duration::ZERO, "scenario timeout");
+        let verdict = passed().in_time(&over);
+        assert_eq!(verdict.outcome, Outcome::Failed);
+        assert_eq!(verdict.message, "no answer within 0 s (scenario timeout)");
+        let ample = Deadline::after(Duration::from_secs(3600), "scenario timeout");
+        assert_eq!(passed().in_time(&ample).outcome, Outcome::Passed);
+    }
+
+    #[test]
+    fn the_chain_reads_downwards_and_ends_with_the_fix() {
+        let io = std::io::Error::other("disk full");
+        let error = Err::<(), _>(io)
+            .context(Fault::host("cannot write overlay").fix("free some space"))
+            .context("booting")
+            .expect_err("is an error");
+        assert_eq!(
+            explain(&error),
+            "booting\ncaused by: cannot write overlay\ncaused by: disk full\nFix: free some space"
+        );
+    }
+}
