@@ -3,6 +3,7 @@
 pub mod connection;
 pub mod deadline;
 pub mod fault;
+pub mod host;
 pub mod process;
 pub mod record;
 pub mod vm;
