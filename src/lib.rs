@@ -4,6 +4,7 @@ pub mod connection;
 pub mod deadline;
 pub mod fault;
 pub mod harness;
+pub mod host;
 mod nearest;
 pub mod process;
 pub mod record;

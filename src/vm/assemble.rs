@@ -3,7 +3,7 @@
 //! Owns the files a machine writes to: blank disks, overlays, the UEFI variable store, the
 //! cloud-init seed. They live in the machine's scratch directory and die with it.
 
-use super::accel::AccelKind;
+use super::accel;
 use super::needs::{Bus, Firmware, Medium, Needs};
 use super::spec::{Attach, Drive, DriveFormat, KernelBoot, MachineSpec, UefiFiles};
 use crate::deadline::Deadline;
@@ -23,7 +23,7 @@ pub struct HostParts {
     /// `qemu-img`, for overlays.
     pub qemu_img: PathBuf,
     /// What executes guest code.
-    pub accelerator: AccelKind,
+    pub accelerator: accel::Kind,
     /// UEFI code and the variable store to copy; absent where the host has no OVMF.
     pub uefi: Option<UefiFiles>,
 }

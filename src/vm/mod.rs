@@ -12,9 +12,3 @@ pub mod spec;
 
 pub use machine::{Launch, Vm};
 pub use needs::{Boot, Bus, DiskNeed, Firmware, Medium, Needs};
-
-/// A running machine. Placeholder: the harness compiles against it.
-#[derive(Debug)]
-pub struct Vm {
-    _private: (),
-}

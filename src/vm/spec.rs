@@ -2,7 +2,7 @@
 //!
 //! Owns the translation from typed parts to `argv`. Starts nothing and creates no file.
 
-use super::accel::AccelKind;
+use super::accel;
 use super::needs::Bus;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -23,7 +23,7 @@ pub struct MachineSpec {
     /// The QEMU program.
     pub qemu: PathBuf,
     /// What executes guest code.
-    pub accelerator: AccelKind,
+    pub accelerator: accel::Kind,
     /// Memory in MiB.
     pub memory_mib: u32,
     /// Virtual CPUs.
@@ -104,7 +104,7 @@ impl MachineSpec {
         a.opt("-display", "none");
         a.opt("-machine", self.machine());
         a.opt("-accel", self.accelerator.as_str());
-        a.opt("-cpu", self.accelerator.cpu());
+        a.opt("-cpu", accel::CPU_MODEL);
         a.opt("-smp", self.cpus.to_string());
         a.opt("-m", format!("{}M", self.memory_mib));
         self.firmware(&mut a);
@@ -238,7 +238,7 @@ mod tests {
         MachineSpec {
             name: "shakedown-test".into(),
             qemu: "/usr/bin/qemu-system-x86_64".into(),
-            accelerator: AccelKind::Tcg,
+            accelerator: accel::Kind::Tcg,
             memory_mib: 1024,
             cpus: 2,
             uefi: None,

@@ -1,0 +1,164 @@
+//! `shakedown doctor`: what this host has, what it lacks, and installing that.
+
+use super::Verdict;
+use super::table::{Cell, Table};
+use super::terminal::{self, Colour, Paint};
+use anyhow::{Context, Result};
+use serde::Serialize;
+use shakedown::deadline::Deadline;
+use shakedown::fault::Fault;
+use shakedown::host::apt::Plan;
+use shakedown::host::{self, Report, State};
+use shakedown::process;
+use shakedown::vm::accel::{self, Accel, Kind};
+use std::io::{self, IsTerminal};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+/// Check this host: tools, firmware, packages, memory, disk and the accelerator.
+///
+/// Exits with 0 only when an image can be built, booted and tested here.
+#[derive(clap::Args)]
+pub(super) struct Doctor {
+    /// Install what is missing (Debian and Ubuntu; by sudo when not root)
+    #[arg(long)]
+    install: bool,
+    /// Install without asking
+    #[arg(long, short, requires = "install")]
+    yes: bool,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// All that doctor knows; `--json` prints it as it is.
+#[derive(Serialize)]
+struct Diagnosis {
+    schema_version: u32,
+    version: &'static str,
+    ok: bool,
+    #[serde(flatten)]
+    report: Report,
+    /// Absent while QEMU is.
+    accelerator: Option<Accel>,
+}
+
+impl Doctor {
+    pub(super) fn run(self) -> Result<Verdict> {
+        let mut diagnosis = Diagnosis::make()?;
+        if self.install {
+            diagnosis = diagnosis.treat(self.yes)?;
+        }
+        if self.json {
+            terminal::print_json(&diagnosis)?;
+        } else {
+            terminal::print(&diagnosis.text(Paint::of(&io::stdout())))?;
+        }
+        Ok(if diagnosis.ok { Verdict::Fine } else { Verdict::NotFine })
+    }
+}
+
+impl Diagnosis {
+    fn make() -> Result<Self> {
+        let logs = std::env::var_os("BOOT_IMAGE_VM_LOG_ROOT").filter(|value| !value.is_empty());
+        let logs = logs.map_or_else(|| PathBuf::from("notes"), PathBuf::from);
+        let report = Report::collect(&host::cache_dir()?, &logs);
+        let has_qemu =
+            report.checks.iter().any(|check| check.name == "qemu-system-x86_64" && check.state == State::Ok);
+        let deadline = Deadline::after(Duration::from_secs(60), "doctor");
+        let accelerator = if has_qemu { Some(accel::detect_afresh(&deadline)?) } else { None };
+        if process::interrupted() {
+            return Err(shakedown::deadline::Stop::Interrupted.into());
+        }
+        Ok(Self {
+            schema_version: 1,
+            version: env!("CARGO_PKG_VERSION"),
+            ok: report.ok(),
+            report,
+            accelerator,
+        })
+    }
+
+    /// Installs what is missing, with the user's consent, and looks again.
+    fn treat(self, yes: bool) -> Result<Self> {
+        let Some(plan) = Plan::new(self.report.missing_packages())? else { return Ok(self) };
+        for check in self.report.problems() {
+            terminal::say(&format!("{}: {} ({})", check.name, check.found, check.why));
+        }
+        let line = plan.line(host::is_root());
+        terminal::say(&format!("This will be run:\n  {line}"));
+        if !yes && terminal::interactive() && !terminal::ask("Go on?")? {
+            return Ok(self);
+        }
+        if !host::is_root() {
+            prepare_sudo(&line)?;
+        }
+        let log = host::cache_dir()?.join("install.log");
+        let deadline = Deadline::after(Duration::from_secs(3600), "installation of packages");
+        plan.run(&log, &deadline, terminal::say)?;
+        terminal::say(&format!("All output: {}", log.display()));
+        Self::make()
+    }
+
+    fn text(&self, paint: Paint) -> String {
+        let mut table = Table::new(["", "NEEDED", "FOUND", "IT", "PACKAGE"]);
+        for check in &self.report.checks {
+            let state = match check.state {
+                State::Ok => Cell::coloured("ok", Colour::Green),
+                State::Missing => Cell::coloured("missing", Colour::Red),
+                State::Old => Cell::coloured("old", Colour::Red),
+                State::Unfit => Cell::coloured("unfit", Colour::Red),
+            };
+            let package = Cell::coloured(check.packages.join(" "), Colour::Dim);
+            table.row([
+                state,
+                check.name.as_str().into(),
+                check.found.as_str().into(),
+                check.why.into(),
+                package,
+            ]);
+        }
+        let mut text = format!("{}, Linux {}\n\n", self.report.os, self.report.kernel);
+        text += &table.render(paint);
+        text += "\nAccelerator: ";
+        text += &match &self.accelerator {
+            Some(Accel { kind, reason, fix }) => {
+                let note = if *kind == Kind::Tcg { "; machines run several times slower" } else { "" };
+                let fix = fix.as_ref().map(|fix| format!("\n  {fix}")).unwrap_or_default();
+                format!("{kind} ({reason}{note}){fix}\n")
+            }
+            None => "unknown without QEMU\n".into(),
+        };
+        text += &match self.report.problems().count() {
+            0 => paint.paint(Colour::Green, "\nReady: images can be built, booted and tested here.\n"),
+            count => paint.paint(Colour::Red, &format!("\nNot ready, {count} to fix:\n")),
+        };
+        for check in self.report.problems() {
+            text += &format!("  {}: {}\n", check.name, check.fix.as_deref().unwrap_or(&check.found));
+        }
+        text
+    }
+}
+
+/// Makes sure that sudo will not ask while apt runs, by letting it ask now where someone can answer.
+fn prepare_sudo(line: &str) -> Result<()> {
+    let silent = |command: &mut Command| {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()
+    };
+    let cannot = |why: &str| Fault::host(format!("cannot install as this user: {why}")).fix(line);
+    match silent(Command::new("sudo").args(["-n", "true"])) {
+        Ok(status) if status.success() => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Err(cannot("there is no sudo").into());
+        }
+        Err(error) => return Err(error).context("cannot start sudo"),
+        Ok(_) => {}
+    }
+    if !io::stdin().is_terminal() {
+        return Err(cannot("sudo wants a password and there is no terminal to ask on").into());
+    }
+    // Not by `process::spawn`: only the foreground process group may read the terminal.
+    let status = Command::new("sudo").arg("-v").status().context("cannot start sudo")?;
+    if status.success() { Ok(()) } else { Err(cannot("sudo refused").into()) }
+}

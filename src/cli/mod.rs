@@ -1,0 +1,126 @@
+//! The command line: which subcommands there are, how errors are shown, what the exit status means.
+//!
+//! Each subcommand is a thin file here over the library. Standard output carries the answer and
+//! nothing else; progress, questions and errors go to standard error.
+
+mod doctor;
+mod table;
+mod terminal;
+
+use clap::{Parser, Subcommand};
+use shakedown::deadline::Stop;
+use shakedown::{host, process};
+use std::io;
+use std::process::ExitCode;
+
+/// Tests machines the way `cargo test` tests code: boot an image, drive it, record what happened.
+#[derive(Parser)]
+#[command(version, after_help = EXAMPLES, after_long_help = MORE, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Doctor(doctor::Doctor),
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  shakedown doctor              What this host has and lacks
+  shakedown doctor --install    Install what is missing
+
+`shakedown --help` lists the environment variables and exit statuses.";
+
+const MORE: &str = "\
+Examples:
+  shakedown doctor              What this host has and lacks
+  shakedown doctor --install    Install what is missing
+  shakedown doctor --json       The same for programs
+
+Environment variables:
+  SHAKEDOWN_CACHE                Images, templates and cached answers [$XDG_CACHE_HOME/shakedown]
+  SHAKEDOWN_ACCEL                `tcg` or `kvm`, instead of a probe
+  SHAKEDOWN_IMAGE                A prebuilt image (ISO, raw, qcow2) instead of the `debian` recipe
+  SHAKEDOWN_MARKERS              Which scenarios run, such as `all(vm, not(slow))`
+  BOOT_IMAGE_VM_SPAWN_TIMEOUT    Seconds from QEMU's start to the first console output [900]
+  BOOT_IMAGE_VM_LOGIN_TIMEOUT    Seconds from there to the first command over SSH [300]
+  BOOT_IMAGE_VM_LOG_ROOT         Where run directories are made [notes]
+  BOOT_IMAGE_VM_LEDGER_PATH      The ledger [notes/vm-run-ledger.jsonl]
+  BOOT_IMAGE_VM_DISABLE_LEDGER   `1` writes no ledger
+  NO_COLOR                       Anything: no colours
+
+Exit status:
+  0    all is well
+  1    what was asked about is not, or an error
+  2    wrong usage, or a setting that makes no sense
+  130  interrupted";
+
+/// What a subcommand found.
+enum Verdict {
+    Fine,
+    NotFine,
+}
+
+/// Reads the command line, does it, and says how it went.
+pub(crate) fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = process::handle_signals().and_then(|()| match cli.command {
+        Command::Doctor(doctor) => doctor.run(),
+    });
+    match result {
+        Ok(Verdict::Fine) => ExitCode::SUCCESS,
+        Ok(Verdict::NotFine) => ExitCode::from(1),
+        Err(error) => {
+            let status = status_of(&error);
+            if status != BROKEN_PIPE {
+                terminal::print_error(&error);
+            }
+            ExitCode::from(status)
+        }
+    }
+}
+
+/// As a shell reports a program that SIGPIPE ended: whoever read our output has gone, as in
+/// `shakedown doctor | head -1`.
+const BROKEN_PIPE: u8 = 141;
+
+fn status_of(error: &anyhow::Error) -> u8 {
+    let broken_pipe = |e: &(dyn std::error::Error + 'static)| {
+        e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+    };
+    if process::interrupted() || error.chain().any(|e| e.downcast_ref() == Some(&Stop::Interrupted)) {
+        130
+    } else if error.chain().any(broken_pipe) {
+        BROKEN_PIPE
+    } else if error.chain().any(|e| e.is::<host::setting::Invalid>()) {
+        2
+    } else {
+        1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use anyhow::{Context, Result};
+    use clap::CommandFactory;
+    use shakedown::fault::Fault;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn exit_statuses_tell_usage_from_faults() {
+        let invalid = host::setting::Invalid { name: "X", value: "y".into(), wants: "z".into() };
+        let status = |error: Result<()>| status_of(&error.expect_err("an error"));
+        assert_eq!(status(Err(invalid).context(Fault::host("reading settings"))), 2);
+        assert_eq!(status(Err(Fault::host("no tool").into())), 1);
+        assert_eq!(status(Err(Stop::Interrupted).context("waiting")), 130);
+        let pipe = io::Error::from(io::ErrorKind::BrokenPipe);
+        assert_eq!(status(Err(pipe).context("printing")), BROKEN_PIPE);
+    }
+}
