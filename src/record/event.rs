@@ -25,7 +25,7 @@ pub enum Event {
     QemuStarted { pid: u32 },
     /// The guest wrote its first byte to the serial console.
     FirstConsoleOutput,
-    /// A shell prompt on the serial console, as root.
+    /// A login prompt on the serial console, or root's shell there.
     LoginSeen,
     /// The first command ran over SSH.
     SshReady,
@@ -53,12 +53,13 @@ impl fmt::Display for Event {
                 write!(f, "image {image} ready, {how} in {seconds:.3} s")
             }
             Self::SlotWait { limit } => write!(f, "waiting: {limit} machines run already"),
-            Self::QemuStarted { pid, command } => {
+            Self::QemuStarting { command } => {
                 let words: Vec<_> = command.iter().map(|word| process::quote(word)).collect();
-                write!(f, "QEMU started, pid {pid}\n{}", words.join(" "))
+                write!(f, "starting QEMU\n{}", words.join(" "))
             }
+            Self::QemuStarted { pid } => write!(f, "QEMU started, pid {pid}"),
             Self::FirstConsoleOutput => f.write_str("first output on the console"),
-            Self::LoginSeen => f.write_str("root shell on the console"),
+            Self::LoginSeen => f.write_str("login on the console"),
             Self::SshReady => f.write_str("first command ran over SSH"),
             Self::Command { connection, command, status, seconds } => {
                 write!(f, "{connection}: {status} after {seconds:.3} s\n{command}")

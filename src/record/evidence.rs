@@ -3,7 +3,7 @@
 //! Its identity is on disk before anything happens and its outcome at the end; a directory without
 //! `record.json` whose owner is gone is a death. Reads the events, does not cause any.
 
-use super::event::{Event, Observer};
+use super::event::{Event, Events, Observer};
 use super::ledger::{self, Record};
 use super::metadata::{
     Diagnostic, Diagnostics, Logs, Metadata, Outcome, Qemu, SESSION_CEILING_SECONDS, Utc, millis,
@@ -111,9 +111,14 @@ impl Evidence {
         &self.0.directory
     }
 
-    /// Where the serial console's log belongs.
-    pub fn serial_log(&self) -> PathBuf {
-        self.0.directory.join("logs/serial.log")
+    /// Where logs belong: `serial.log` and others.
+    pub fn logs(&self) -> PathBuf {
+        self.0.directory.join("logs")
+    }
+
+    /// Where to tell what happens.
+    pub fn events(&self) -> Events {
+        Events::to(self.clone())
     }
 
     /// The metadata as it stands.
@@ -211,9 +216,9 @@ impl Observer for Evidence {
         let timings = &mut metadata.timings;
         match event {
             Event::ImageReady { seconds, .. } => timings.build_seconds = Some(millis(*seconds)),
-            Event::QemuStarted { command, .. } => {
+            Event::QemuStarting { command } => {
                 *machine_started = Some(Instant::now());
-                metadata.qemu.get_or_insert_with(|| Qemu { command: command.clone(), ..Qemu::default() });
+                metadata.qemu.get_or_insert_with(Qemu::default).command.clone_from(command);
             }
             // A machine that is booted again keeps the times of its first boot.
             Event::LoginSeen => timings.boot_to_login_seconds = timings.boot_to_login_seconds.or(booted),

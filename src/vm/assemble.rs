@@ -5,9 +5,10 @@
 
 use super::accel;
 use super::needs::{Bus, Firmware, Medium, Needs};
-use super::spec::{Attach, Drive, DriveFormat, KernelBoot, MachineSpec, UefiFiles};
+use super::spec::{Attach, Drive, DriveFormat, KernelBoot, MachineSpec};
 use crate::deadline::Deadline;
 use crate::fault::Fault;
+use crate::host::firmware;
 use crate::image::{Image, ImageFormat, KeyEntry};
 use crate::process;
 use anyhow::{Context, Result};
@@ -24,8 +25,6 @@ pub struct HostParts {
     pub qemu_img: PathBuf,
     /// What executes guest code.
     pub accelerator: accel::Kind,
-    /// UEFI code and the variable store to copy; absent where the host has no OVMF.
-    pub uefi: Option<UefiFiles>,
 }
 
 /// QEMU's own default address, so that the guest sees what users of plain QEMU see.
@@ -53,7 +52,7 @@ pub fn assemble(
         accelerator: host.accelerator,
         memory_mib: needs.memory_mib,
         cpus: needs.cpus,
-        uefi: uefi(needs, image, host, scratch)?,
+        uefi: uefi(needs, image, scratch)?,
         kernel: None,
         drives: Vec::new(),
         credentials: Vec::new(),
@@ -115,7 +114,7 @@ fn medium(needs: &Needs, image: &Image) -> Result<Medium> {
     }
 }
 
-fn uefi(needs: &Needs, image: &Image, host: &HostParts, scratch: &Path) -> Result<Option<UefiFiles>> {
+fn uefi(needs: &Needs, image: &Image, scratch: &Path) -> Result<Option<firmware::Ovmf>> {
     if !image.firmware.contains(&needs.firmware) {
         return Err(Fault::host(format!("image `{}` does not boot under {:?}", image.name, needs.firmware))
             .fix("change the scenario's `firmware`, or `firmware` in the image's settings")
@@ -124,14 +123,11 @@ fn uefi(needs: &Needs, image: &Image, host: &HostParts, scratch: &Path) -> Resul
     if needs.firmware == Firmware::Bios {
         return Ok(None);
     }
-    let found = host.uefi.as_ref().ok_or_else(|| {
-        Fault::host("no UEFI firmware (OVMF) on this host")
-            .fix("apt-get install ovmf, or run `shakedown doctor --install`")
-    })?;
-    let vars = scratch.join("uefi-vars.fd");
-    std::fs::copy(&found.vars, &vars)
-        .with_context(|| Fault::host(format!("cannot copy {} to {}", found.vars.display(), vars.display())))?;
-    Ok(Some(UefiFiles { code: found.code.clone(), vars }))
+    let firmware::Ovmf { code, vars: template } = firmware::require()?;
+    let path = scratch.join("uefi-vars.fd");
+    std::fs::copy(&template.path, &path)
+        .with_context(|| Fault::host(format!("cannot copy {} to {}", template.path.display(), path.display())))?;
+    Ok(Some(firmware::Ovmf { code, vars: firmware::Flash { path, format: template.format } }))
 }
 
 fn image_drive(

@@ -10,19 +10,19 @@ use super::qemu::{Qemu, Watch};
 use super::qmp::Qmp;
 use super::screen;
 use super::spec::MachineSpec;
-use crate::connection::{Cmd, Connection, ConnectionError, KeyPair, Output, Session, Ssh, Target};
+use crate::connection::ssh::Target;
+use crate::connection::{Cmd, Connection, ConnectionError, KeyPair, Output, Session, Ssh};
 use crate::console::{Console, Regex, Shell, WaitError};
 use crate::deadline::{Deadline, Stop};
 use crate::fault::Fault;
 use crate::image::{Image, KeyEntry};
 use crate::record::event::Event;
-use crate::record::{Evidence, Scratch};
+use crate::record::{Evidence, Scratch, metadata};
 use anyhow::{Context, Result};
 use qapi::qmp;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -48,7 +48,7 @@ pub struct Launch<'a> {
     /// From there to the end of the first SSH command: `BOOT_IMAGE_VM_LOGIN_TIMEOUT`.
     pub login_timeout: Duration,
     /// Receives what the machine leaves behind.
-    pub evidence: Arc<Evidence>,
+    pub evidence: Evidence,
     /// The machine's own files.
     pub scratch: Scratch,
 }
@@ -68,7 +68,7 @@ pub struct Vm {
     key: KeyPair,
     login_timeout: Duration,
     deadline: Deadline,
-    evidence: Arc<Evidence>,
+    evidence: Evidence,
     scratch: Scratch,
 }
 
@@ -98,7 +98,6 @@ impl Vm {
         let logs = evidence.logs();
         let start = deadline.within(QEMU_START, "QEMU's own start");
         let (mut qemu, channels) = Qemu::start(&spec, &logs.join("qemu.stderr"), &events)?;
-        evidence.machine_started(&spec.argv())?;
         let console = Console::attach(channels.console, &logs, events)?;
         let qmp = Qmp::open(channels.qmp, &start).map_err(|error| {
             let fault = Fault::host(format!("{}\nCommand: {}", qemu.obituary(), spec.command_line()));
@@ -166,7 +165,8 @@ impl Vm {
         });
         match result {
             Ok(ssh) => {
-                self.evidence.ssh_ready(addr);
+                let reached = Some(metadata::Ssh { host: addr.ip().to_string(), port: addr.port(), executable: None });
+                self.evidence.update(|metadata| metadata.ssh = reached)?;
                 self.evidence.events().emit(Event::SshReady);
                 self.ssh = Some(ssh);
                 Ok(())
@@ -278,7 +278,7 @@ impl Vm {
     }
 
     fn take_screenshot(&mut self, label: &str, deadline: &Deadline) -> Result<PathBuf> {
-        let file = self.evidence.diagnostic(label, "png")?;
+        let file = self.evidence.diagnostic(label, "png");
         let command = qmp::screendump {
             device: None,
             head: None,
@@ -398,12 +398,9 @@ impl Vm {
     }
 
     pub(super) fn file(&self, label: &str, extension: &str, content: &[u8]) {
-        let written = self.evidence.diagnostic(label, extension).and_then(|path| {
-            std::fs::write(&path, content)
-                .with_context(|| Fault::host(format!("cannot write {}", path.display())))
-        });
-        if let Err(error) = written {
-            self.note(format!("cannot file `{label}`: {error:#}"));
+        let path = self.evidence.diagnostic(label, extension);
+        if let Err(error) = std::fs::write(&path, content) {
+            self.note(format!("cannot write {}: {error}", path.display()));
         }
     }
 

@@ -4,6 +4,7 @@
 
 use super::accel;
 use super::needs::Bus;
+use crate::host::firmware::Ovmf;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use std::ffi::OsString;
@@ -28,8 +29,8 @@ pub struct MachineSpec {
     pub memory_mib: u32,
     /// Virtual CPUs.
     pub cpus: u32,
-    /// BIOS when absent.
-    pub uefi: Option<UefiFiles>,
+    /// The two flash chips of a UEFI machine, the variables its own; BIOS when absent.
+    pub uefi: Option<Ovmf>,
     /// Kernel and initramfs for a boot without boot loader.
     pub kernel: Option<KernelBoot>,
     /// Media and disks in the order in which the guest should name them.
@@ -38,15 +39,6 @@ pub struct MachineSpec {
     pub credentials: Vec<(String, Vec<u8>)>,
     /// The guest's only network card.
     pub mac: [u8; 6],
-}
-
-/// The two flash chips of a UEFI machine.
-#[derive(Clone, Debug)]
-pub struct UefiFiles {
-    /// Code, shared and read-only.
-    pub code: PathBuf,
-    /// Variables, this machine's own copy.
-    pub vars: PathBuf,
 }
 
 /// A kernel that QEMU loads itself.
@@ -141,11 +133,10 @@ impl MachineSpec {
 
     fn firmware(&self, a: &mut Argv) {
         let Some(uefi) = &self.uefi else { return };
-        for (node, file, read_only) in [("uefi-code", &uefi.code, "on"), ("uefi-vars", &uefi.vars, "off")] {
-            a.opt(
-                "-blockdev",
-                format!("driver=raw,node-name={node},read-only={read_only},file.driver=file,file.filename={}", comma(file)),
-            );
+        for (node, flash, read_only) in [("uefi-code", &uefi.code, "on"), ("uefi-vars", &uefi.vars, "off")] {
+            let (format, file) = (flash.format.as_str(), comma(&flash.path));
+            let file = format!("file.driver=file,file.filename={file}");
+            a.opt("-blockdev", format!("driver={format},node-name={node},read-only={read_only},{file}"));
         }
     }
 
@@ -233,6 +224,7 @@ fn comma(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host::firmware::{Flash, Format};
 
     fn spec(drives: Vec<Drive>) -> MachineSpec {
         MachineSpec {
@@ -312,7 +304,8 @@ mod tests {
     #[test]
     fn uefi_has_flash_and_bios_has_none() {
         let mut spec = spec(Vec::new());
-        spec.uefi = Some(UefiFiles { code: "/f/CODE.fd".into(), vars: "/s/VARS.fd".into() });
+        let flash = |path: &str| Flash { path: path.into(), format: Format::Raw };
+        spec.uefi = Some(Ovmf { code: flash("/f/CODE.fd"), vars: flash("/s/VARS.fd") });
         let line = line(&spec);
         assert!(line.contains("pflash0=uefi-code,pflash1=uefi-vars"), "{line}");
         assert!(line.contains("node-name=uefi-vars,read-only=off"), "{line}");
