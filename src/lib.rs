@@ -1,6 +1,7 @@
 //! Shakedown tests machines the way `cargo test` tests code.
 
 pub mod connection;
+pub mod console;
 pub mod deadline;
 pub mod fault;
 pub mod harness;

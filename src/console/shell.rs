@@ -1,0 +1,388 @@
+//! Commands over the serial console, exact in output and exit status.
+//!
+//! A small agent (`agent.sh`, typed once, run by `sh` in front of the login shell) takes requests
+//! and answers with frames ([`super::frame`]). It keeps a command's output in a private temporary
+//! directory, so what a kernel message mangles is asked for again and the command never reruns.
+//! Waits are on the console's text directly: no polling.
+//!
+//! Limits: output comes at the end (`on_output` is called once per stream); exit statuses 130, 141
+//! and 143 count as signals INT, PIPE and TERM, as a shell cannot tell; where the guest lacks
+//! `setsid` a deadline kills only the command's shell; without GNU `env` a command begins with INT
+//! and QUIT ignored.
+
+use super::feed::WaitError;
+use super::frame::{Answer, Reply, cksum, parse};
+use super::{Keyboard, Line};
+use crate::connection::{Cmd, Connection, ConnectionError, Output, Stream};
+use crate::deadline::{Deadline, Stop};
+use crate::fault::Fault;
+use crate::process::quote;
+use anyhow::{Context, Result};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+use std::fmt::Write as _;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::Write as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+const AGENT: &str = include_str!("agent.sh");
+const PEER: &str = "ttyS0";
+/// A terminal in canonical mode drops what is beyond 4095 bytes in a line (termios(3)).
+const LINE: usize = 1000;
+/// Standard input goes in pieces of this many bytes, each acknowledged: the kernel keeps 64 KiB for a
+/// reader that is slow, and drops the rest.
+const CHUNK: usize = 24 << 10;
+/// How long the guest may be silent before it is asked to say its last frame again.
+const PATIENCE: Duration = Duration::from_secs(1);
+const MOST_PATIENCE: Duration = Duration::from_secs(30);
+/// How often an output may fail its checksum although every line looks right.
+const ROUNDS: u64 = 50;
+
+/// A shell on the serial console: a [`Connection`].
+#[derive(Debug)]
+pub struct Shell {
+    line: Arc<Line>,
+    nonce: String,
+    /// Number of the last request.
+    id: u64,
+    user_id: Option<u32>,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Ready,
+    /// The last request was cut short; what the agent is doing is unknown.
+    Unsettled,
+    /// It does not answer any more.
+    Unusable,
+}
+
+impl Shell {
+    /// Starts the agent in the login shell that is waiting at its prompt.
+    pub(super) fn start(line: &Arc<Line>, deadline: &Deadline) -> Result<Self> {
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let nonce = nonce();
+            let mut shell =
+                Self { line: Arc::clone(line), nonce, id: 0, user_id: None, state: State::Ready };
+            let attempt = deadline.within(Duration::from_secs(20), "start of the console's agent");
+            match shell.load(&attempt) {
+                Ok((_, missing)) if !missing.is_empty() => {
+                    let what = format!("the guest lacks {missing}, which the serial console needs");
+                    let fix = "add coreutils, grep and sed, or busybox, to the image";
+                    return Err(Fault::machine(what).fix(fix).into());
+                }
+                Ok((user_id, _)) => {
+                    shell.user_id = Some(user_id);
+                    return Ok(shell);
+                }
+                Err(WaitError::Stopped(Stop::Expired { .. })) if attempts < 3 && !deadline.expired() => {
+                    Keyboard::new(line, deadline).send("\x03", false)?;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Types the agent; its user id and the tools that it lacks.
+    fn load(&mut self, deadline: &Deadline) -> Result<(u32, String), WaitError> {
+        let keyboard = Keyboard::new(&self.line, deadline);
+        let mut position = self.line.feed.end();
+        // Echo is turned off before the agent's many lines, and the shell that reads them has no
+        // line editing. `go` comes twice for the reason given in agent.sh.
+        keyboard.enter(&format!(
+            "sh -c 'sd_t=$(stty -g);stty -echo;n=$(printf \"\\n.\");n=${{n%.}};s=;\
+             printf \"@%s:%s.\\n@%s:%s.\\n\" {0} 0:go:0 {0} 0:go:0;\
+             while IFS= read -r l;do [ \"$l\" = . ]&&break;s=$s$l$n;done;\
+             sd_k={0};eval \"$s\"' 2>/dev/null",
+            self.nonce
+        ))?;
+        let mut answer = Answer::default();
+        self.line.feed.wait(deadline, &mut position, |text, position| self.take(text, position, &mut answer, 0))?;
+        let code = AGENT.lines().map(str::trim_start).filter(|l| !l.is_empty() && !l.starts_with('#'));
+        let typed = code.fold(String::new(), |typed, line| typed + line + "\n") + ".";
+        keyboard.enter(&typed)?;
+        loop {
+            let mut answer = Answer::default();
+            self.listen(&mut position, &mut answer, 0, deadline)?;
+            if let Some(Reply::Ready { user_id, missing }) = answer.reply {
+                return Ok((user_id, missing));
+            }
+        }
+    }
+
+    /// See [`super::Console::resume`].
+    pub(super) fn resume(line: &Arc<Line>, token: &str, deadline: &Deadline) -> Result<Self> {
+        let nonce = token.to_owned();
+        let mut shell =
+            Self { line: Arc::clone(line), nonce, id: 0, user_id: None, state: State::Unsettled };
+        shell.settle(deadline).context(Fault::machine("the console's shell of the frozen machine does not answer"))?;
+        Ok(shell)
+    }
+
+    /// What [`super::Console::resume`] needs to find this shell again in a copy of the machine.
+    pub fn token(&self) -> &str {
+        &self.nonce
+    }
+
+    /// The numeric user id, where known.
+    pub fn user_id(&self) -> Option<u32> {
+        self.user_id
+    }
+
+    /// Makes sure that the agent waits for a request.
+    fn settle(&mut self, deadline: &Deadline) -> Result<(), WaitError> {
+        for _ in 0..3 {
+            if self.state == State::Ready {
+                return Ok(());
+            }
+            let attempt = deadline.within(Duration::from_secs(5), "answer of the console's agent");
+            self.id += 1;
+            let request = format!("\x03{} sync {} - -\n", self.nonce, self.id);
+            let mut position = self.line.feed.end();
+            Keyboard::new(&self.line, &attempt).send(&request, false)?;
+            match self.listen(&mut position, &mut Answer::default(), 0, &attempt) {
+                Ok(()) => self.state = State::Ready,
+                Err(WaitError::Stopped(Stop::Expired { .. })) if !deadline.expired() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        // A command may have killed the agent; the login shell is still behind it.
+        let found = match self.state {
+            State::Ready => return Ok(()),
+            _ => Self::start(&self.line, deadline),
+        };
+        match found {
+            Ok(shell) => *self = shell,
+            Err(error) => {
+                self.state = State::Unusable;
+                return Err(error.downcast().unwrap_or(WaitError::Stopped(deadline.expiry())));
+            }
+        }
+        Ok(())
+    }
+
+    fn command(&mut self, cmd: &Cmd<'_>, deadline: &Deadline) -> Result<Output, WaitError> {
+        let fresh = if cmd.stdin.is_empty() { "-" } else { "i" };
+        for (index, chunk) in cmd.stdin.chunks(CHUNK).enumerate() {
+            self.put(chunk, if index == 0 { "new" } else { "add" }, deadline)?;
+        }
+        self.id += 1;
+        let mut pieces = encode(&cmd.line, LINE);
+        let last = pieces.pop().unwrap_or_default();
+        let mut request = String::new();
+        for piece in pieces {
+            let _ = writeln!(request, "{} add {} - {piece}", self.nonce, self.id);
+        }
+        let _ = writeln!(request, "{} run {} {fresh} {last}", self.nonce, self.id);
+        let mut position = self.line.feed.end();
+        Keyboard::new(&self.line, deadline).send(&request, false)?;
+        let mut answer = Answer::default();
+        let mut round = 0;
+        loop {
+            self.listen(&mut position, &mut answer, round, deadline)?;
+            let gaps = match answer.assemble() {
+                Some(Ok(output)) => return Ok(output),
+                Some(Err(gaps)) => gaps,
+                None => Vec::new(),
+            };
+            round += 1;
+            if round > ROUNDS {
+                return Err(WaitError::Stopped(deadline.expiry()));
+            }
+            let mut request = String::new();
+            for (stream, from, to) in gaps {
+                let _ = writeln!(request, "{} get {} {stream} {from},{to}", self.nonce, self.id);
+            }
+            let _ = writeln!(request, "{} again {} {round} -", self.nonce, self.id);
+            Keyboard::new(&self.line, deadline).send(&request, false)?;
+        }
+    }
+
+    /// Sends one piece of standard input until it arrived whole.
+    fn put(&mut self, chunk: &[u8], how: &str, deadline: &Deadline) -> Result<(), WaitError> {
+        let text = BASE64.encode(chunk);
+        let lines: Vec<_> = text.as_bytes().chunks(LINE).map(String::from_utf8_lossy).collect();
+        loop {
+            self.id += 1;
+            let (nonce, id, count) = (&self.nonce, self.id, lines.len());
+            let header = format!("{nonce} put {id} {count} {} {} {how}", cksum(chunk), chunk.len());
+            let mut position = self.line.feed.end();
+            Keyboard::new(&self.line, deadline).enter(&(header + "\n" + &lines.join("\n")))?;
+            let mut answer = Answer::default();
+            self.listen(&mut position, &mut answer, 0, deadline)?;
+            if answer.reply == Some(Reply::Put { whole: true }) {
+                return Ok(());
+            }
+            deadline.check()?;
+        }
+    }
+
+    /// Takes frames until the reply to question `round` is there. When the guest falls silent it is
+    /// asked for its last frame, for which a kernel message may have hit.
+    fn listen(
+        &self,
+        position: &mut u64,
+        answer: &mut Answer,
+        round: u64,
+        deadline: &Deadline,
+    ) -> Result<(), WaitError> {
+        let keyboard = Keyboard::new(&self.line, deadline);
+        let mut patience = PATIENCE;
+        loop {
+            let frames = answer.frames;
+            let slice = deadline.within(patience, "patience");
+            let found =
+                self.line.feed.wait(&slice, position, |text, position| self.take(text, position, answer, round));
+            match found {
+                Err(WaitError::Stopped(Stop::Expired { .. })) if !deadline.expired() => {
+                    if answer.frames == frames {
+                        keyboard.enter(&format!("{} again {} {round} -", self.nonce, self.id))?;
+                        patience = (2 * patience).min(MOST_PATIENCE);
+                    }
+                }
+                Err(WaitError::Stopped(Stop::Expired { .. })) => return Err(deadline.expiry().into()),
+                other => return other,
+            }
+        }
+    }
+
+    /// Takes the frames out of the whole lines of `text`.
+    fn take(&self, text: &[u8], position: &mut u64, answer: &mut Answer, round: u64) -> Option<()> {
+        let whole = text.iter().rposition(|&byte| byte == b'\n')? + 1;
+        *position += whole as u64;
+        for line in text[..whole].split(|&byte| byte == b'\n') {
+            if let Some(body) = parse(line, &self.nonce, self.id) {
+                answer.accept(body);
+            }
+        }
+        (answer.reply.is_some() && answer.round >= round).then_some(())
+    }
+
+    fn transport(what: impl Into<String>, error: WaitError) -> ConnectionError {
+        ConnectionError::Transport { peer: PEER.into(), what: what.into(), source: Some(Box::new(error)) }
+    }
+
+    fn local(what: String, error: std::io::Error) -> ConnectionError {
+        ConnectionError::Transport { peer: PEER.into(), what, source: Some(Box::new(error)) }
+    }
+}
+
+impl Connection for Shell {
+    fn peer(&self) -> String {
+        PEER.into()
+    }
+
+    fn exec(&mut self, mut cmd: Cmd<'_>, deadline: &Deadline) -> Result<Output, ConnectionError> {
+        if self.state == State::Unusable {
+            return Err(ConnectionError::Transport {
+                peer: PEER.into(),
+                what: format!("the shell stopped answering; last lines:\n{}", self.line.tail(5)),
+                source: None,
+            });
+        }
+        let deadline = cmd.deadline(deadline);
+        if self.state == State::Unsettled {
+            self.settle(&deadline)
+                .map_err(|e| Self::transport("the shell does not answer after a command that was stopped", e))?;
+        }
+        match self.command(&cmd, &deadline) {
+            Ok(output) => {
+                if let Some(see) = &mut cmd.on_output {
+                    for (stream, bytes) in
+                        [(Stream::Stdout, &output.stdout), (Stream::Stderr, &output.stderr)]
+                    {
+                        if !bytes.is_empty() {
+                            see(stream, bytes);
+                        }
+                    }
+                }
+                Ok(output)
+            }
+            Err(WaitError::Stopped(stop)) => {
+                // The agent kills the command on Ctrl-C. Whether it did is found out by the next
+                // command, in that one's time.
+                self.state = State::Unsettled;
+                let moment = Deadline::after(PATIENCE, "Ctrl-C");
+                let _ = Keyboard::new(&self.line, &moment).send("\x03", false);
+                Err(ConnectionError::Stopped { line: cmd.line, peer: PEER.into(), stop })
+            }
+            Err(error) => {
+                self.state = State::Unusable;
+                Err(Self::transport(format!("the line was lost during `{}`", cmd.line), error))
+            }
+        }
+    }
+
+    fn upload(
+        &mut self,
+        local: &Path,
+        remote: &str,
+        mode: u32,
+        deadline: &Deadline,
+    ) -> Result<(), ConnectionError> {
+        let bytes = std::fs::read(local)
+            .map_err(|error| Self::local(format!("cannot read {}", local.display()), error))?;
+        // An empty standard input is /dev/null, which will do as well.
+        let line = format!(
+            "d={}; t=$d.shakedown-$$; [ ! -d \"$d\" ] || {{ echo \"$d is a directory\" >&2; exit 1; }}; \
+             umask 077 && cat >\"$t\" && chmod {:o} \"$t\" && mv -f \"$t\" \"$d\" || {{ rm -f \"$t\"; exit 1; }}",
+            quote(remote),
+            mode & 0o7777
+        );
+        self.run(Cmd::new(line).stdin(bytes), deadline).map(drop)
+    }
+
+    fn download(&mut self, remote: &str, local: &Path, deadline: &Deadline) -> Result<(), ConnectionError> {
+        let output = self.run(Cmd::new(format!("cat <{}", quote(remote))), deadline)?;
+        let dir = local.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        tempfile::NamedTempFile::new_in(dir)
+            .and_then(|mut file| {
+                file.write_all(&output.stdout)?;
+                file.persist(local).map_err(|error| error.error)
+            })
+            .map(drop)
+            .map_err(|error| Self::local(format!("cannot write {}", local.display()), error))
+    }
+}
+
+/// Eight hexadecimal digits that no other shell has had.
+fn nonce() -> String {
+    format!("{:08x}", RandomState::new().build_hasher().finish() as u32)
+}
+
+/// Text as pieces for the shell's `printf %b`, each `length` characters at most (give or take one).
+///
+/// Only printable ASCII goes over the line. `read` drops blanks at the ends, so these are encoded.
+fn encode(text: &str, length: usize) -> Vec<String> {
+    let mut pieces = Vec::new();
+    let mut piece = String::new();
+    for &byte in text.as_bytes() {
+        if piece.len() + 5 > length {
+            pieces.push(std::mem::take(&mut piece));
+        }
+        match byte {
+            b'!'..=b'[' | b']'..=b'~' => piece.push(char::from(byte)),
+            b' ' if !piece.is_empty() && !piece.ends_with(' ') => piece.push(' '),
+            _ => {
+                let _ = write!(piece, "\\0{byte:03o}");
+            }
+        }
+    }
+    pieces.push(piece);
+    for piece in &mut pieces {
+        if piece.ends_with(' ') {
+            piece.pop();
+            piece.push_str("\\0040");
+        }
+    }
+    pieces
+}
+
+#[cfg(test)]
+#[path = "shell_tests.rs"]
+mod tests;
