@@ -4,6 +4,7 @@
 //! so the first test that needs it does.
 
 use assert_cmd::Command;
+use shakedown::record::ledger;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::sync::OnceLock;
@@ -43,17 +44,23 @@ struct Ended {
     out: String,
     err: String,
     code: Option<i32>,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
+}
+
+impl Ended {
+    /// The ledger as `name: outcome` in the order of the names.
+    fn ledger(&self) -> Vec<String> {
+        let records = ledger::read(&self.directory.path().join("ledger.jsonl")).expect("a ledger");
+        let line = |record: ledger::Record| format!("{}: {}", record.scenario, record.outcome);
+        let mut lines: Vec<_> = records.map(|record| line(record.expect("valid"))).collect();
+        lines.sort();
+        lines
+    }
 }
 
 fn ended(output: Output, directory: tempfile::TempDir) -> Ended {
     let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
-    Ended {
-        out: text(output.stdout),
-        err: text(output.stderr),
-        code: output.status.code(),
-        _directory: directory,
-    }
+    Ended { out: text(output.stdout), err: text(output.stderr), code: output.status.code(), directory }
 }
 
 /// Runs it to its end, with evidence in a directory of its own.
@@ -68,6 +75,7 @@ fn selftest_with(arguments: &[&str], variables: &[(&str, &str)]) -> Ended {
         .args(arguments)
         .env_remove("SHAKEDOWN_MARKERS")
         .env_remove("NEXTEST")
+        .env_remove("NEXTEST_RUN_ID")
         .env_remove("RUST_BACKTRACE")
         .envs(environment(directory.path()))
         .envs(variables.iter().copied())
@@ -96,8 +104,21 @@ fn a_run_says_what_failed_what_broke_and_what_was_ignored() {
     ] {
         assert!(run.out.contains(text), "{text:?} is missing in\n{}", run.out);
     }
-    let summary = "scenarios: 2 passed, 3 failed, 1 error, 4 ignored";
+    let summary = "scenarios: 2 passed, 3 failed, 1 error, 4 ignored; evidence in ";
     assert!(run.err.starts_with(summary) && run.err.lines().count() == 1, "{}", run.err);
+    let expected = [
+        "fails: failed",
+        "group::passes_slowly: passed",
+        "hangs: failed",
+        "host_breaks: error",
+        "ignored_by_itself: ignored",
+        "ignored_by_marker: ignored",
+        "interrupted_a: ignored",
+        "interrupted_b: ignored",
+        "panics: failed",
+        "passes: passed",
+    ];
+    assert_eq!(run.ledger(), expected);
 }
 
 #[test]
@@ -112,7 +133,7 @@ fn listing_leaves_no_trace_and_knows_what_is_ignored() {
     assert_eq!((list.code, list.err.as_str()), (Some(0), ""));
     assert_eq!(names(&list.out).len(), 10, "{}", list.out);
     assert!(list.out.contains("group::passes_slowly: test\n"), "{}", list.out);
-    assert_eq!(std::fs::read_dir(list._directory.path()).expect("reads").count(), 0);
+    assert_eq!(std::fs::read_dir(list.directory.path()).expect("reads").count(), 0);
     let ignored = selftest(&["--list", "--format", "terse", "--ignored"]);
     assert_eq!(
         names(&ignored.out),
@@ -179,6 +200,7 @@ fn a_typo_ends_the_run_before_it_begins() {
         (&["-m", "slwo"][..], &[][..], "error: -m 'slwo': unknown marker `slwo`; did you mean `slow`?"),
         (&[], &[("SHAKEDOWN_MARKERS", "nope")], "SHAKEDOWN_MARKERS='nope': unknown marker `nope`; known are"),
         (&["-m", "all(vm"], &[], "not a marker expression"),
+        (&["--list"], &[("SHAKEDOWN_MARKER", "vm")], "SHAKEDOWN_MARKERS"),
     ] {
         let run = selftest_with(arguments, variables);
         assert_eq!((run.code, run.out.as_str()), (Some(2), ""), "{}", run.err);
@@ -195,33 +217,56 @@ fn help_tells_of_markers() {
     }
 }
 
+/// Starts the two scenarios that wait for Ctrl-C, one after the other, and waits for the first.
+fn start_interrupted(directory: &tempfile::TempDir, flag: &Path) -> std::process::Child {
+    let child = std::process::Command::new(binary())
+        .args(["interrupted", "--include-ignored", "--test-threads", "1"])
+        .env_remove("NEXTEST")
+        .env_remove("NEXTEST_RUN_ID")
+        .env("SELFTEST_FLAG", flag)
+        .envs(environment(directory.path()))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("starts");
+    let begun = Instant::now();
+    while !flag.exists() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the scenario never began");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    child
+}
+
 #[test]
 fn a_signal_ends_what_runs_and_what_has_not_begun() {
     use rustix::process::{Pid, Signal, kill_process};
     for signal in [Signal::INT, Signal::TERM] {
         let directory = tempfile::tempdir().expect("temp dir");
         let flag = directory.path().join("flag");
-        let child = std::process::Command::new(binary())
-            .args(["interrupted", "--include-ignored", "--test-threads", "1"])
-            .env_remove("NEXTEST")
-            .env("SELFTEST_FLAG", &flag)
-            .envs(environment(directory.path()))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("starts");
-        let begun = Instant::now();
-        while !flag.exists() {
-            assert!(begun.elapsed() < Duration::from_secs(60), "the scenario never began");
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        let child = start_interrupted(&directory, &flag);
         kill_process(Pid::from_child(&child), signal).expect("is alive");
         let run = ended(child.wait_with_output().expect("ends"), directory);
         assert_eq!(run.code, Some(130), "{}{}", run.out, run.err);
         assert!(run.out.contains("---- interrupted_a ----\ninterrupted: interrupted"), "{}", run.out);
         assert!(run.out.contains("---- interrupted_b ----\ninterrupted: not started"), "{}", run.out);
         assert!(run.err.contains("2 interrupted"), "{}", run.err);
+        assert_eq!(run.ledger(), ["interrupted_a: interrupted", "interrupted_b: interrupted"]);
     }
+}
+
+#[test]
+fn a_killed_run_is_on_record_after_the_next() {
+    let directory = tempfile::tempdir().expect("temp dir");
+    let flag = directory.path().join("flag");
+    let mut child = start_interrupted(&directory, &flag);
+    child.kill().and_then(|()| child.wait()).expect("is killed");
+    let output = Command::new(binary()).arg("passes").envs(environment(directory.path())).output();
+    let run = ended(output.expect("runs"), directory);
+    assert!(run.err.contains("`interrupted_a` of run"), "{}", run.err);
+    assert_eq!(
+        run.ledger(),
+        ["group::passes_slowly: passed", "interrupted_a: interrupted", "passes: passed"]
+    );
 }
 
 #[test]

@@ -34,11 +34,11 @@ mod verdict;
 pub use marker::BUILT_IN as BUILT_IN_MARKERS;
 pub use scenario::{Body, IntoResult, SCENARIOS, Scenario, without_crate};
 pub use settings::Settings;
-pub use verdict::Outcome;
 
 use crate::fault::Fault;
 use crate::process;
-use anyhow::{Result, bail};
+use crate::record::{Environment, Outcome};
+use anyhow::{Context, Result, bail};
 use libtest_mimic::{Arguments, Completion, Trial};
 use marker::Selection;
 use stage::Run;
@@ -62,9 +62,15 @@ pub struct Project {
 impl Project {
     /// Where its `notes/` and fixtures are: the package, or the current directory on a host that
     /// does not have it.
-    pub fn root(&self) -> PathBuf {
+    ///
+    /// # Errors
+    /// When there is neither.
+    pub fn root(&self) -> Result<PathBuf> {
         let compiled = PathBuf::from(self.directory);
-        if compiled.is_dir() { compiled } else { PathBuf::from(".") }
+        if compiled.is_dir() {
+            return Ok(compiled);
+        }
+        std::env::current_dir().context(Fault::host("there is no current directory"))
     }
 }
 
@@ -139,6 +145,7 @@ fn run(
     arguments: impl IntoIterator<Item = OsString>,
     scenarios: &'static [Scenario],
 ) -> Result<ExitCode> {
+    let environment = Environment::read(&project.root()?)?;
     let settings = Settings::parse(project.manifest)?;
     let mut scenarios = checked(scenarios, &settings)?;
     let (arguments, selection) = command_line::parse(arguments, &settings.markers)?;
@@ -157,7 +164,7 @@ fn run(
         return Ok(libtest_mimic::run(&arguments, trials.collect()).exit_code());
     }
     process::handle_signals()?;
-    let run = Arc::new(Run::start(project, settings)?);
+    let run = Arc::new(Run::new(environment, settings));
     let tally = Arc::new(Tally::default());
     let trials =
         scenarios.map(|(scenario, reason)| trial(&run, &tally, &arguments, scenario, reason)).collect();
@@ -261,7 +268,7 @@ impl Tally {
         if parts.is_empty() {
             parts.push("nothing ran".into());
         }
-        let evidence = run.evidence().map(|path| format!("; evidence in {}", path.display()));
+        let evidence = run.evidence().map(|path| format!("; evidence in {}", trial::shown(path).display()));
         Some(format!("scenarios: {}{}", parts.join(", "), evidence.unwrap_or_default()))
     }
 }

@@ -2,7 +2,6 @@
 //!
 //! Everything the harness needs of `record` and `vm` goes through here and nowhere else.
 
-use super::Project;
 use super::scenario::Scenario;
 use super::settings::Settings;
 use super::slots::{Slot, Slots};
@@ -10,8 +9,10 @@ use super::verdict::Verdict;
 use crate::deadline::Deadline;
 use crate::fault::Fault;
 use crate::record::event::Events;
+use crate::record::{self, Environment, Evidence, Outcome};
 use crate::vm::{Needs, Vm};
 use anyhow::{Context, Result};
+use once_cell::sync::OnceCell;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -22,38 +23,54 @@ const SLOT_WAIT: Duration = Duration::from_secs(3600);
 
 /// One invocation of the test binary.
 pub(super) struct Run {
-    project: Project,
+    environment: Environment,
     #[expect(dead_code, reason = "SEAM(vm): the image of a scenario is found in it")]
     settings: Settings,
+    /// Made when the first scenario needs it: a name filter that matches nothing leaves no trace.
+    record: OnceCell<record::Run>,
 }
 
 /// What one execution of a scenario stands on.
 pub(super) struct Stage {
+    evidence: Evidence,
     events: Events,
     slot: Mutex<Option<Slot>>,
 }
 
 impl Run {
-    /// Begins a run. SEAM(record): sweeps what dead runs left behind.
-    pub(super) fn start(project: Project, settings: Settings) -> Result<Self> {
-        Ok(Self { project, settings })
+    pub(super) fn new(environment: Environment, settings: Settings) -> Self {
+        Self { environment, settings, record: OnceCell::new() }
     }
 
-    /// Where the evidence of this run is, once there is any. SEAM(record).
+    fn record(&self) -> Result<&record::Run> {
+        self.record.get_or_try_init(|| {
+            for dead in record::sweep(&self.environment.log_root)? {
+                eprintln!("note: `{}` of run {} died and is now on record", dead.scenario, dead.run_id);
+            }
+            record::Run::start(self.environment.clone())
+        })
+    }
+
+    /// Where the evidence of this run is, once there is any.
     pub(super) fn evidence(&self) -> Option<&Path> {
-        None
+        self.record.get().map(record::Run::directory)
     }
 
-    /// Puts a scenario on record that did not run: ignored, or not started. SEAM(record).
-    pub(super) fn record_unstarted(&self, _scenario: &Scenario, _verdict: &Verdict) -> Result<()> {
-        Ok(())
+    /// Puts a scenario on record that did not run: ignored, or not started.
+    pub(super) fn record_unstarted(&self, scenario: &Scenario, verdict: &Verdict) -> Result<()> {
+        let markers = markers(scenario);
+        self.record()?.not_run(verdict.outcome, &[(scenario.name, &markers, &verdict.message)])
     }
 
-    /// Writes down that a scenario begins, before it does. SEAM(record).
-    pub(super) fn open(&self, _scenario: &'static Scenario) -> Result<Stage> {
-        let _ = self.project.root();
-        Ok(Stage { events: Events::silent(), slot: Mutex::new(None) })
+    /// Writes down that a scenario begins, before it does.
+    pub(super) fn open(&self, scenario: &Scenario) -> Result<Stage> {
+        let evidence = self.record()?.scenario(scenario.name, &markers(scenario))?;
+        Ok(Stage { events: Events::to(evidence.clone()), evidence, slot: Mutex::new(None) })
     }
+}
+
+fn markers(scenario: &Scenario) -> Vec<String> {
+    scenario.markers.iter().map(ToString::to_string).collect()
 }
 
 impl Stage {
@@ -79,15 +96,16 @@ impl Stage {
     /// Collects diagnostics, powers the machine off, and destroys it. SEAM(vm).
     pub(super) fn settle(&self, _vm: Vm, _verdict: &Verdict) {}
 
-    /// Where the evidence of this execution is. SEAM(record).
-    pub(super) fn evidence(&self) -> Option<&Path> {
-        None
+    /// Where the evidence of this execution is.
+    pub(super) fn evidence(&self) -> &Path {
+        self.evidence.directory()
     }
 
-    /// Gives the slot back and writes the outcome down. SEAM(record).
-    pub(super) fn close(&self, _verdict: &Verdict, _duration: Duration) -> Result<()> {
+    /// Gives the slot back and writes the outcome down.
+    pub(super) fn close(&self, verdict: &Verdict) -> Result<()> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner).take();
-        Ok(())
+        let reason = (verdict.outcome != Outcome::Passed).then_some(verdict.message.as_str());
+        self.evidence.finish(verdict.outcome, reason).map(drop)
     }
 }
 

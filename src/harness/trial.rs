@@ -8,13 +8,15 @@
 use super::panics;
 use super::scenario::{Body, Scenario};
 use super::stage::{Run, Stage};
-use super::verdict::{Outcome, Phase, Verdict};
+use super::verdict::{Phase, Verdict};
 use crate::deadline::Deadline;
 use crate::process;
+use crate::record::Outcome;
 use anyhow::Result;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// How often the watcher looks whether it must step in. An end of the body wakes it at once.
 const POLL: Duration = Duration::from_millis(100);
@@ -28,7 +30,6 @@ pub(super) fn execute(run: &Run, scenario: &'static Scenario) -> Verdict {
     if process::interrupted() {
         return unstarted(run, scenario, Verdict::new(Outcome::Interrupted, "not started"));
     }
-    let begun = Instant::now();
     let stage = match run.open(scenario) {
         Ok(stage) => Arc::new(stage),
         Err(error) => return Verdict::of(Phase::Setup, Ok(Err(error))),
@@ -41,13 +42,19 @@ pub(super) fn execute(run: &Run, scenario: &'static Scenario) -> Verdict {
         Outcome::Passed => perform_watched(&stage, scenario),
         _ => prepared,
     };
-    if let Err(error) = stage.close(&verdict, begun.elapsed()) {
+    if let Err(error) = stage.close(&verdict) {
         verdict = verdict.but(error);
     }
-    if let Some(evidence) = stage.evidence().filter(|_| verdict.outcome != Outcome::Passed) {
-        verdict.message = format!("{}\nEvidence: {}", verdict.message, evidence.display());
+    if verdict.outcome != Outcome::Passed {
+        verdict.message = format!("{}\nEvidence: {}", verdict.message, shown(stage.evidence()).display());
     }
     verdict
+}
+
+/// A path as one would type it: relative where it is below the current directory.
+pub(super) fn shown(path: &Path) -> &Path {
+    let here = std::env::current_dir().ok();
+    here.and_then(|here| path.strip_prefix(here).ok()).unwrap_or(path)
 }
 
 /// Puts on record that a scenario did not run.

@@ -3,37 +3,8 @@
 use crate::deadline::{Deadline, Stop};
 use crate::fault::{Blame, blame};
 use crate::process;
+use crate::record::Outcome;
 use anyhow::{Error, Result};
-use serde::Serialize;
-use std::fmt;
-
-/// How one execution of a scenario ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Outcome {
-    /// The body returned in time and without an error.
-    Passed,
-    /// The machine under test, or an assertion about it.
-    Failed,
-    /// We, the host, the image or QEMU.
-    Error,
-    /// It did not run, for a reason that is on record.
-    Ignored,
-    /// Ctrl-C or SIGTERM.
-    Interrupted,
-}
-
-impl fmt::Display for Outcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Passed => "passed",
-            Self::Failed => "failed",
-            Self::Error => "error",
-            Self::Ignored => "ignored",
-            Self::Interrupted => "interrupted",
-        })
-    }
-}
 
 /// An outcome and why. A passed scenario has no message.
 #[derive(Clone, Debug, PartialEq, Eq)]
