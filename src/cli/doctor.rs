@@ -5,9 +5,11 @@ use super::table::{Cell, Table};
 use super::terminal::{self, Colour, Paint};
 use anyhow::{Context, Result};
 use serde::Serialize;
-use shakedown::deadline::Deadline;
+use shakedown::deadline::{Deadline, Stop};
 use shakedown::fault::Fault;
 use shakedown::host::apt::Plan;
+use shakedown::host::setting::Invalid;
+use shakedown::host::tools::Part;
 use shakedown::host::{self, Report, State};
 use shakedown::process;
 use shakedown::vm::accel::{self, Accel, Kind};
@@ -40,7 +42,7 @@ struct Diagnosis {
     ok: bool,
     #[serde(flatten)]
     report: Report,
-    /// Absent while QEMU is.
+    /// `null` when there is no usable QEMU to ask.
     accelerator: Option<Accel>,
 }
 
@@ -63,13 +65,20 @@ impl Diagnosis {
     fn make() -> Result<Self> {
         let logs = std::env::var_os("BOOT_IMAGE_VM_LOG_ROOT").filter(|value| !value.is_empty());
         let logs = logs.map_or_else(|| PathBuf::from("notes"), PathBuf::from);
-        let report = Report::collect(&host::cache_dir()?, &logs);
-        let has_qemu =
-            report.checks.iter().any(|check| check.name == "qemu-system-x86_64" && check.state == State::Ok);
+        // A prebuilt image needs no tools to build one.
+        let prebuilt = std::env::var_os("SHAKEDOWN_IMAGE").is_some_and(|value| !value.is_empty());
+        let parts: &[_] = if prebuilt { &[Part::Machines] } else { &[Part::Machines, Part::Image] };
+        let report = Report::collect(parts, &host::cache_dir()?, &logs);
         let deadline = Deadline::after(Duration::from_secs(60), "doctor");
-        let accelerator = if has_qemu { Some(accel::detect_afresh(&deadline)?) } else { None };
+        let accelerator = match accel::detect_afresh(&deadline) {
+            Ok(accelerator) => Some(accelerator),
+            Err(error) if error.is::<Invalid>() => return Err(error),
+            // Without QEMU there is no answer, and the table says why.
+            Err(_) if report.problems().any(|check| check.name == "qemu-system-x86_64") => None,
+            Err(error) => return Err(error),
+        };
         if process::interrupted() {
-            return Err(shakedown::deadline::Stop::Interrupted.into());
+            return Err(Stop::Interrupted.into());
         }
         Ok(Self {
             schema_version: 1,
@@ -102,7 +111,7 @@ impl Diagnosis {
     }
 
     fn text(&self, paint: Paint) -> String {
-        let mut table = Table::new(["", "NEEDED", "FOUND", "IT", "PACKAGE"]);
+        let mut table = Table::new(["", "NEEDED", "FOUND", "WHAT FOR", "PACKAGE"]);
         for check in &self.report.checks {
             let state = match check.state {
                 State::Ok => Cell::coloured("ok", Colour::Green),

@@ -3,7 +3,7 @@
 //! Owns the report of this host that `shakedown doctor` prints. Each [`Check`] is one line of it.
 
 use super::tools::Part;
-use super::{MIB, apt, firmware, free_disk, is_root, memory, os, tools};
+use super::{MIB, Version, apt, existing_part, firmware, free_disk, is_root, memory, os, tools};
 use crate::deadline::Deadline;
 use crate::fault::Fault;
 use crate::process;
@@ -48,6 +48,8 @@ pub struct Check {
     pub part: Part,
     /// Packages that bring it, as Debian names them.
     pub packages: Vec<&'static str>,
+    /// Its version, where it tells one.
+    pub version: Option<String>,
     /// The lowest version that will do.
     pub minimum: Option<&'static str>,
     /// Where it is.
@@ -66,6 +68,7 @@ impl Check {
             why,
             part,
             packages: Vec::new(),
+            version: None,
             minimum: None,
             path: None,
             fix: None,
@@ -77,7 +80,8 @@ impl Check {
         self
     }
 
-    pub(super) fn minimum(mut self, minimum: Option<&'static str>) -> Self {
+    pub(super) fn version(mut self, version: Option<&Version>, minimum: Option<&'static str>) -> Self {
+        self.version = version.map(ToString::to_string);
         self.minimum = minimum;
         self
     }
@@ -107,7 +111,7 @@ impl Check {
     }
 }
 
-/// All checks of this host. `part` of a check says which of them a job may do without.
+/// All checks of this host.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// The operating system, for a person.
@@ -119,8 +123,8 @@ pub struct Report {
 }
 
 impl Report {
-    /// Looks at everything. `cache` and `logs` need not exist yet.
-    pub fn collect(cache: &Path, logs: &Path) -> Self {
+    /// Looks at everything that the `parts` of the job need. `cache` and `logs` need not exist yet.
+    pub fn collect(parts: &[Part], cache: &Path, logs: &Path) -> Self {
         let mut checks = tools::check_all();
         checks.push(firmware::check());
         checks.push(apt::check());
@@ -130,10 +134,11 @@ impl Report {
         checks.push(check_memory());
         checks.push(check_disk("cache disk", "holds images and templates", cache, CACHE_DISK_MIB));
         checks.push(check_disk("log disk", "holds the evidence of runs", logs, LOG_DISK_MIB));
+        checks.retain(|check| parts.contains(&check.part));
         Self { os: os().name, kernel: super::kernel_release(), checks }
     }
 
-    /// True when the main job can run: build an image, boot it, test it.
+    /// True when those parts of the job can run.
     pub fn ok(&self) -> bool {
         self.problems().next().is_none()
     }
@@ -175,8 +180,12 @@ fn check_memory() -> Check {
 }
 
 fn check_disk(name: &str, why: &'static str, dir: &Path, needed_mib: u64) -> Check {
-    let part = if name == "cache disk" { Part::Image } else { Part::Machines };
-    let check = Check::new(name, part, why).path(dir);
+    let check = Check::new(name, Part::Machines, why).path(dir);
+    let fix = || format!("Make {} a directory that you can write to", dir.display());
+    let place = existing_part(dir);
+    if rustix::fs::access(&place, rustix::fs::Access::WRITE_OK).is_err() {
+        return check.bad(State::Unfit, format!("{} is not writable", place.display()), fix());
+    }
     match free_disk(dir).map(|bytes| bytes / MIB) {
         Ok(free) if free >= needed_mib => check.ok(format!("{free} MiB free")),
         Ok(free) => check.bad(
@@ -184,7 +193,7 @@ fn check_disk(name: &str, why: &'static str, dir: &Path, needed_mib: u64) -> Che
             format!("{free} MiB free, {needed_mib} MiB are needed"),
             format!("Free space on the file system of {}", dir.display()),
         ),
-        Err(error) => check.bad(State::Unfit, format!("{error:#}"), format!("Make {}", dir.display())),
+        Err(error) => check.bad(State::Unfit, one_line(&error), fix()),
     }
 }
 

@@ -103,22 +103,24 @@ fn parse_meminfo(text: &str) -> Option<Memory> {
     Some(Memory { total: field("MemTotal")?, available: field("MemAvailable")? })
 }
 
+/// The nearest of `path` and its parents that exists.
+pub fn existing_part(path: &Path) -> PathBuf {
+    let places = path.ancestors().filter(|place| !place.as_os_str().is_empty());
+    places.into_iter().find(|place| place.exists()).unwrap_or(Path::new(".")).into()
+}
+
 /// Bytes that a user may still write where `path` is, or will be once it is made.
 ///
 /// # Errors
-/// When no part of the path exists or the file system does not answer.
+/// When the file system does not answer.
 pub fn free_disk(path: &Path) -> Result<u64> {
-    let place = path
-        .ancestors()
-        .map(|place| if place.as_os_str().is_empty() { Path::new(".") } else { place })
-        .find(|place| place.exists())
-        .with_context(|| Fault::host(format!("no part of {} exists", path.display())))?;
-    let stat = rustix::fs::statvfs(place)
+    let place = existing_part(path);
+    let stat = rustix::fs::statvfs(&place)
         .with_context(|| Fault::host(format!("cannot ask the free space of {}", place.display())))?;
     Ok(stat.f_bavail * stat.f_frsize)
 }
 
-/// `ID` and `PRETTY_NAME` of `/etc/os-release`, and whether it is of Debian's family.
+/// What `/etc/os-release` says of this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Os {
     /// For a person: `Debian GNU/Linux 12 (bookworm)`.
@@ -196,7 +198,8 @@ mod tests {
     #[test]
     fn free_space_is_asked_of_the_nearest_parent_that_exists() {
         let dir = tempfile::tempdir().expect("temp dir");
-        assert!(free_disk(&dir.path().join("not/yet/made")).expect("an answer") > 0);
+        assert_eq!(existing_part(&dir.path().join("not/yet/made")), dir.path());
+        assert_eq!(existing_part(Path::new("relative/not/made")), Path::new("."));
         assert!(free_disk(Path::new("relative/not/made")).expect("an answer") > 0);
     }
 

@@ -195,7 +195,7 @@ impl Search {
             }
         };
         let least: Option<Version> = minimum.and_then(|text| text.parse().ok());
-        let check = check.minimum(minimum);
+        let check = check.version(version.as_ref(), minimum);
         match (version, least) {
             (Some(version), Some(least)) if version < least => check.bad(
                 State::Old,

@@ -1,0 +1,147 @@
+//! The `shakedown` command as a shell sees it: exit statuses, both streams, JSON.
+
+use assert_cmd::Command;
+use serde_json::Value;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+/// The command with a cache of its own and nothing of the caller's settings.
+fn shakedown(cache: &Path) -> Command {
+    let mut command = Command::new(assert_cmd::cargo::cargo_bin!("shakedown"));
+    for name in ["SHAKEDOWN_ACCEL", "SHAKEDOWN_IMAGE", "BOOT_IMAGE_VM_LOG_ROOT", "NO_COLOR"] {
+        command.env_remove(name);
+    }
+    command.env("SHAKEDOWN_CACHE", cache);
+    command
+}
+
+fn dir() -> tempfile::TempDir {
+    tempfile::tempdir().expect("temp dir")
+}
+
+fn doctor_json(command: &mut Command) -> (Option<i32>, Value) {
+    let output = command.args(["doctor", "--json"]).output().expect("runs");
+    let json = serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|error| panic!("{error}: {}", String::from_utf8_lossy(&output.stderr)));
+    (output.status.code(), json)
+}
+
+fn check<'a>(report: &'a Value, name: &str) -> &'a Value {
+    let checks = report["checks"].as_array().expect("a list of checks");
+    checks.iter().find(|check| check["name"] == name).unwrap_or_else(|| panic!("no {name} in {report}"))
+}
+
+fn fake(dir: &Path, name: &str, body: &str) {
+    let path = dir.join(name);
+    std::fs::write(&path, format!("#!/bin/sh\n{body}\n")).expect("writes");
+    std::fs::set_permissions(&path, PermissionsExt::from_mode(0o755)).expect("is executable");
+}
+
+#[test]
+fn the_exit_status_says_whether_the_job_can_run() {
+    let cache = dir();
+    let (status, report) = doctor_json(&mut shakedown(cache.path()));
+    let checks = report["checks"].as_array().expect("checks");
+    let all_ok = checks.iter().all(|check| check["state"] == "ok");
+    assert_eq!(report["ok"], all_ok);
+    assert_eq!(status, Some(if all_ok { 0 } else { 1 }), "{report}");
+    for check in checks.iter().filter(|check| check["state"] != "ok") {
+        assert!(check["fix"].is_string(), "a problem without a fix: {check}");
+    }
+    assert_eq!(report["schema_version"], 1);
+    let accelerator = &report["accelerator"];
+    assert!(["kvm", "tcg"].iter().any(|kind| accelerator["kind"] == *kind), "{accelerator}");
+    assert!(accelerator["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{accelerator}");
+}
+
+#[test]
+fn a_host_without_tools_is_told_which_packages_it_lacks() {
+    let (cache, empty) = (dir(), dir());
+    let (status, report) = doctor_json(shakedown(cache.path()).env("PATH", empty.path()));
+    assert_eq!(status, Some(1));
+    let qemu = check(&report, "qemu-system-x86_64");
+    assert_eq!((&qemu["state"], &qemu["packages"][0]), (&"missing".into(), &"qemu-system-x86".into()));
+    let output = shakedown(cache.path()).env("PATH", empty.path()).arg("doctor").output().expect("runs");
+    let text = String::from_utf8(output.stdout).expect("is text");
+    assert!(text.contains("Not ready") && text.contains("qemu-utils"), "{text}");
+    assert!(!text.contains('\x1b'), "no colours in a pipe: {text:?}");
+}
+
+#[test]
+fn an_old_qemu_is_named_with_its_version() {
+    let (cache, path) = (dir(), dir());
+    fake(path.path(), "qemu-system-x86_64", "echo 'QEMU emulator version 6.2.0 (Debian 1:6.2+dfsg-2)'");
+    let (status, report) = doctor_json(shakedown(cache.path()).env("PATH", path.path()));
+    assert_eq!(status, Some(1));
+    let qemu = check(&report, "qemu-system-x86_64");
+    assert_eq!(qemu["state"], "old");
+    assert_eq!((&qemu["version"], &qemu["minimum"]), (&"6.2.0".into(), &"7.1".into()));
+}
+
+#[test]
+fn a_prebuilt_image_needs_no_build_tools() {
+    let cache = dir();
+    let (_, report) = doctor_json(shakedown(cache.path()).env("SHAKEDOWN_IMAGE", "some.iso"));
+    let parts = report["checks"].as_array().expect("checks").iter().map(|check| &check["part"]);
+    assert!(parts.into_iter().all(|part| part == "machines"), "{report}");
+}
+
+#[test]
+fn the_override_is_obeyed_and_said() {
+    let cache = dir();
+    let (_, report) = doctor_json(shakedown(cache.path()).env("SHAKEDOWN_ACCEL", "tcg"));
+    assert_eq!(report["accelerator"]["kind"], "tcg");
+    assert_eq!(report["accelerator"]["reason"], "SHAKEDOWN_ACCEL=tcg");
+}
+
+#[test]
+fn usage_and_settings_that_make_no_sense_exit_with_2() {
+    let cache = dir();
+    let fails = |command: &mut Command, words: &str| {
+        let output = command.output().expect("runs");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{text}");
+        assert!(text.contains(words), "{text}");
+    };
+    fails(shakedown(cache.path()).arg("doctr"), "'doctor'");
+    fails(shakedown(cache.path()).args(["doctor", "--yes"]), "--install");
+    let bad = "SHAKEDOWN_ACCEL=hvf is not usable: it wants tcg or kvm";
+    fails(shakedown(cache.path()).arg("doctor").env("SHAKEDOWN_ACCEL", "hvf"), bad);
+    fails(shakedown(Path::new("relative")).arg("doctor"), "SHAKEDOWN_CACHE=relative");
+}
+
+#[test]
+fn an_unusable_cache_is_an_error_with_a_fix() {
+    let dir = dir();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "").expect("writes");
+    let output = shakedown(&file.join("cache")).arg("doctor").output().expect("runs");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("cannot be written to") && text.contains("fix: "), "{text}");
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_panic() {
+    let cache = dir();
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let output = std::process::Command::new(assert_cmd::cargo::cargo_bin!("shakedown"))
+        .args(["doctor", "--json"])
+        .env("SHAKEDOWN_CACHE", cache.path())
+        .stdout(writer)
+        .output()
+        .expect("runs");
+    assert_eq!(output.status.code(), Some(141));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "", "nothing to say about it");
+}
+
+#[test]
+fn help_names_the_environment() {
+    let cache = dir();
+    let output = shakedown(cache.path()).arg("--help").output().expect("runs");
+    let text = String::from_utf8(output.stdout).expect("is text");
+    for name in ["SHAKEDOWN_CACHE", "BOOT_IMAGE_VM_LOGIN_TIMEOUT", "Exit status", "Examples"] {
+        assert!(text.contains(name), "{name} in {text}");
+    }
+}
