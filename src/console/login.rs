@@ -50,6 +50,18 @@ pub struct LoginProfile {
     pub shell_prompt: Option<String>,
 }
 
+impl LoginProfile {
+    /// What announces that a login is possible, also where it is automatic.
+    ///
+    /// # Errors
+    /// A host [`Fault`] when the profile's own pattern is not a regular expression.
+    pub fn prompt(&self) -> Result<super::Regex> {
+        let pattern = self.login_prompt.as_deref().unwrap_or(r"\blogin: ");
+        super::Regex::new(pattern)
+            .with_context(|| Fault::host(format!("login_prompt `{pattern}` is not a regular expression")))
+    }
+}
+
 /// How a user becomes root.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]

@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+/// Building an image from nothing takes one to two minutes; a slow network some more.
+const PREPARATION: Duration = Duration::from_secs(1800);
 /// How long a machine may wait for others to end. Each of them has a deadline of its own, so this
 /// is reached only where something outside of us keeps slots.
 const SLOT_WAIT: Duration = Duration::from_secs(3600);
@@ -24,17 +26,27 @@ const SLOT_WAIT: Duration = Duration::from_secs(3600);
 /// One invocation of the test binary.
 pub(super) struct Run {
     environment: Environment,
-    #[expect(dead_code, reason = "SEAM(vm): the image of a scenario is found in it")]
-    settings: Settings,
+    images: Images,
     /// Made when the first scenario needs it: a name filter that matches nothing leaves no trace.
     record: OnceCell<record::Run>,
 }
 
 /// What one execution of a scenario stands on.
 pub(super) struct Stage {
+    run: Arc<Run>,
     evidence: Evidence,
     events: Events,
-    slot: Mutex<Option<Slot>>,
+    prepared: Mutex<Option<Prepared>>,
+    watch: Mutex<Option<Watch>>,
+}
+
+/// What a machine is made of, at hand.
+struct Prepared {
+    host: HostParts,
+    image: Image,
+    key: KeyPair,
+    #[expect(dead_code, reason = "held while the machine runs")]
+    slot: Slot,
 }
 
 impl Run {
@@ -74,27 +86,65 @@ fn markers(scenario: &Scenario) -> Vec<String> {
 }
 
 impl Stage {
-    /// Gets what a machine needs before its own time begins to count: SEAM(vm) the image, built or
-    /// fetched, and a slot among the machines of this host.
+    /// Gets what a machine needs before its own time begins to count: the image, built where it is
+    /// not in the store yet, and a slot among the machines of this host.
     pub(super) fn prepare(&self, needs: &Needs) -> Result<()> {
-        let slots = Slots::in_directory(cache_directory()?.join("slots"))?;
+        let wait = Deadline::after(PREPARATION, "building the image");
+        let accelerator = accel::detect(&wait)?;
+        let host = HostParts {
+            qemu: tools::require("qemu-system-x86_64")?,
+            qemu_img: tools::require("qemu-img")?,
+            accelerator: accelerator.kind,
+        };
+        let image = self.run.images.get(needs.image, &wait, &self.events)?;
+        let key = KeyPair::load_or_create(&self.run.cache()?.join("keys"))?;
+        self.evidence.update(|metadata| {
+            metadata.boot = BootKind::Cold;
+            metadata.accelerator = Some(accelerator.kind.to_string());
+            metadata.firmware = Some(needs.firmware.to_string());
+            metadata.image = Some(image.metadata());
+            metadata.artifact = Some(image.artifact(&key));
+        })?;
+        let slots = Slots::in_directory(self.run.cache()?.join("slots"))?;
         let wait = Deadline::after(SLOT_WAIT, "waiting for other machines to end");
         let slot = slots.acquire(needs.memory_mib, &wait, &self.events)?;
-        *self.slot.lock().unwrap_or_else(PoisonError::into_inner) = Some(slot);
+        *lock(&self.prepared) = Some(Prepared { host, image, key, slot });
         Ok(())
     }
 
-    /// Boots or forks the machine. SEAM(vm).
-    pub(super) fn boot(&self, _needs: &Needs, _deadline: &Deadline) -> Result<Vm> {
-        Err(Fault::host("no machine can be started yet").into())
+    /// Boots the machine.
+    pub(super) fn boot(&self, needs: &Needs, deadline: &Deadline) -> Result<Vm> {
+        let prepared = lock(&self.prepared);
+        let Prepared { host, image, key, .. } = prepared.as_ref().context(Fault::host("nothing is prepared"))?;
+        let environment = &self.run.environment;
+        let launch = Launch {
+            name: "shakedown",
+            needs,
+            image,
+            host,
+            key,
+            spawn_timeout: environment.spawn_timeout,
+            login_timeout: environment.login_timeout,
+            evidence: self.evidence.clone(),
+            scratch: Scratch::under(&self.run.machines()?)?,
+        };
+        let vm = Vm::start(launch, deadline)?;
+        *lock(&self.watch) = Some(vm.watch()?);
+        Ok(vm)
     }
 
     /// Ends the machine at once, from another thread than the one that drives it, so that all its
-    /// waits end. SEAM(vm).
-    pub(super) fn kill_machine(&self) {}
+    /// waits end.
+    pub(super) fn kill_machine(&self) {
+        if let Some(watch) = &*lock(&self.watch) {
+            watch.kill();
+        }
+    }
 
-    /// Collects diagnostics, powers the machine off, and destroys it. SEAM(vm).
-    pub(super) fn settle(&self, _vm: Vm, _verdict: &Verdict) {}
+    /// Collects diagnostics and destroys the machine.
+    pub(super) fn settle(&self, vm: Vm, verdict: &Verdict) {
+        vm.finish(verdict.outcome == Outcome::Passed);
+    }
 
     /// Where the evidence of this execution is.
     pub(super) fn evidence(&self) -> &Path {
@@ -103,17 +153,12 @@ impl Stage {
 
     /// Gives the slot back and writes the outcome down.
     pub(super) fn close(&self, verdict: &Verdict) -> Result<()> {
-        self.slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+        lock(&self.prepared).take();
         let reason = (verdict.outcome != Outcome::Passed).then_some(verdict.message.as_str());
         self.evidence.finish(verdict.outcome, reason).map(drop)
     }
 }
 
-/// SEAM(host): the host module's own.
-fn cache_directory() -> Result<PathBuf> {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    set("SHAKEDOWN_CACHE")
-        .or_else(|| set("XDG_CACHE_HOME").map(|base| base.join("shakedown")))
-        .or_else(|| set("HOME").map(|home| home.join(".cache/shakedown")))
-        .context(Fault::host("there is no place for a cache").fix("set SHAKEDOWN_CACHE"))
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -12,7 +12,7 @@ use super::screen;
 use super::spec::MachineSpec;
 use crate::connection::ssh::Target;
 use crate::connection::{Cmd, Connection, ConnectionError, KeyPair, Output, Session, Ssh};
-use crate::console::{Console, Regex, Shell, WaitError};
+use crate::console::{Console, LoginProfile, Regex, Shell, WaitError};
 use crate::deadline::{Deadline, Stop};
 use crate::fault::Fault;
 use crate::image::{Image, KeyEntry};
@@ -103,6 +103,9 @@ impl Vm {
             let fault = Fault::host(format!("{}\nCommand: {}", qemu.obituary(), spec.command_line()));
             anyhow::Error::new(error).context(fault)
         })?;
+        evidence.update(|metadata| {
+            metadata.qemu.get_or_insert_default().version = Some(qmp.version().to_owned());
+        })?;
         let spawn = deadline.within(launch.spawn_timeout, "BOOT_IMAGE_VM_SPAWN_TIMEOUT");
         let mut vm = Self {
             ssh: None,
@@ -154,7 +157,7 @@ impl Vm {
         let target = Target::new(addr, user, self.key.clone()).until(move || watch.gone());
         let connected = AtomicBool::new(false);
         let (console, evidence) = (&mut self.console, &self.evidence);
-        let prompt = self.image.login.as_ref().map(|login| login.prompt());
+        let prompt = self.image.login.as_ref().map(LoginProfile::prompt).transpose()?;
         let result = std::thread::scope(|scope| {
             if let Some(prompt) = prompt {
                 scope.spawn(|| note_prompt(console, &prompt, &connected, evidence, deadline));
