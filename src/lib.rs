@@ -6,6 +6,7 @@ pub mod deadline;
 pub mod fault;
 pub mod harness;
 pub mod host;
+pub mod image;
 mod nearest;
 pub mod process;
 pub mod record;

@@ -6,15 +6,20 @@ use super::scenario::Scenario;
 use super::settings::Settings;
 use super::slots::{Slot, Slots};
 use super::verdict::Verdict;
+use crate::connection::KeyPair;
 use crate::deadline::Deadline;
 use crate::fault::Fault;
+use crate::host::{self, tools};
+use crate::image::{Image, Images};
 use crate::record::event::Events;
-use crate::record::{self, Environment, Evidence, Outcome};
-use crate::vm::{Needs, Vm};
+use crate::record::{self, BootKind, Environment, Evidence, Outcome, Scratch, scratch};
+use crate::vm::assemble::HostParts;
+use crate::vm::qemu::Watch;
+use crate::vm::{Launch, Needs, Vm, accel};
 use anyhow::{Context, Result};
 use once_cell::sync::OnceCell;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// Building an image from nothing takes one to two minutes; a slow network some more.
@@ -26,9 +31,11 @@ const SLOT_WAIT: Duration = Duration::from_secs(3600);
 /// One invocation of the test binary.
 pub(super) struct Run {
     environment: Environment,
-    images: Images,
+    settings: Settings,
     /// Made when the first scenario needs it: a name filter that matches nothing leaves no trace.
     record: OnceCell<record::Run>,
+    /// Made when the first machine needs it.
+    images: OnceCell<Images>,
 }
 
 /// What one execution of a scenario stands on.
@@ -51,7 +58,7 @@ struct Prepared {
 
 impl Run {
     pub(super) fn new(environment: Environment, settings: Settings) -> Self {
-        Self { environment, settings, record: OnceCell::new() }
+        Self { environment, settings, record: OnceCell::new(), images: OnceCell::new() }
     }
 
     fn record(&self) -> Result<&record::Run> {
@@ -75,10 +82,28 @@ impl Run {
     }
 
     /// Writes down that a scenario begins, before it does.
-    pub(super) fn open(&self, scenario: &Scenario) -> Result<Stage> {
+    pub(super) fn open(self: &Arc<Self>, scenario: &Scenario) -> Result<Stage> {
         let evidence = self.record()?.scenario(scenario.name, &markers(scenario))?;
-        Ok(Stage { events: Events::to(evidence.clone()), evidence, slot: Mutex::new(None) })
+        Ok(Stage {
+            run: Arc::clone(self),
+            events: evidence.events(),
+            evidence,
+            prepared: Mutex::new(None),
+            watch: Mutex::new(None),
+        })
     }
+
+    fn images(&self) -> Result<&Images> {
+        self.images.get_or_try_init(|| {
+            scratch::sweep_under(&machines()?)?;
+            Images::new(host::cache_dir()?, &self.environment, &self.settings.image, &self.settings.images)
+        })
+    }
+}
+
+/// Where the files of machines live while these run.
+fn machines() -> Result<PathBuf> {
+    Ok(host::cache_dir()?.join("machines"))
 }
 
 fn markers(scenario: &Scenario) -> Vec<String> {
@@ -96,8 +121,8 @@ impl Stage {
             qemu_img: tools::require("qemu-img")?,
             accelerator: accelerator.kind,
         };
-        let image = self.run.images.get(needs.image, &wait, &self.events)?;
-        let key = KeyPair::load_or_create(&self.run.cache()?.join("keys"))?;
+        let image = self.run.images()?.get(needs.image, &wait, &self.events)?;
+        let key = KeyPair::load_or_create(&host::cache_dir()?.join("keys"))?;
         self.evidence.update(|metadata| {
             metadata.boot = BootKind::Cold;
             metadata.accelerator = Some(accelerator.kind.to_string());
@@ -105,7 +130,7 @@ impl Stage {
             metadata.image = Some(image.metadata());
             metadata.artifact = Some(image.artifact(&key));
         })?;
-        let slots = Slots::in_directory(self.run.cache()?.join("slots"))?;
+        let slots = Slots::in_directory(host::cache_dir()?.join("slots"))?;
         let wait = Deadline::after(SLOT_WAIT, "waiting for other machines to end");
         let slot = slots.acquire(needs.memory_mib, &wait, &self.events)?;
         *lock(&self.prepared) = Some(Prepared { host, image, key, slot });
@@ -126,7 +151,7 @@ impl Stage {
             spawn_timeout: environment.spawn_timeout,
             login_timeout: environment.login_timeout,
             evidence: self.evidence.clone(),
-            scratch: Scratch::under(&self.run.machines()?)?,
+            scratch: Scratch::under(&machines()?)?,
         };
         let vm = Vm::start(launch, deadline)?;
         *lock(&self.watch) = Some(vm.watch()?);

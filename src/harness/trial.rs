@@ -26,7 +26,7 @@ const GRACE: Duration = Duration::from_secs(2);
 const SETTLING: Duration = Duration::from_secs(180);
 
 /// Runs a scenario to its outcome, and puts it on record.
-pub(super) fn execute(run: &Run, scenario: &'static Scenario) -> Verdict {
+pub(super) fn execute(run: &Arc<Run>, scenario: &'static Scenario) -> Verdict {
     if process::interrupted() {
         return unstarted(run, scenario, Verdict::new(Outcome::Interrupted, "not started"));
     }

@@ -8,7 +8,8 @@ const MIB: u64 = 1 << 20;
 fn three_disks_have_their_sizes_and_are_blank(vm: &mut Vm) -> Result<()> {
     let mut ssh = vm.ssh()?;
     let listed = ssh.run("lsblk -dnbo NAME,SIZE,SERIAL /dev/vd?")?;
-    let listed: Vec<Vec<&str>> = listed.stdout_str()?.lines().map(|l| l.split_whitespace().collect()).collect();
+    let listed = listed.text();
+    let listed: Vec<Vec<&str>> = listed.lines().map(|l| l.split_whitespace().collect()).collect();
     let sizes = [4096 * MIB, 1536 * MIB, 1536 * MIB].map(|b| b.to_string());
     let wanted: Vec<Vec<&str>> =
         vec![vec!["vda", &sizes[0], "disk0"], vec!["vdb", &sizes[1], "disk1"], vec!["vdc", &sizes[2], "disk2"]];
@@ -20,11 +21,11 @@ fn three_disks_have_their_sizes_and_are_blank(vm: &mut Vm) -> Result<()> {
     Ok(())
 }
 
-#[scenario(markers = [vm], disks = ["256M nvme", "256M ahci", "256M"], timeout = "5m")]
+#[scenario(markers = [vm], disks = [nvme("256M"), ahci("256M"), "256M"], timeout = "5m")]
 fn every_bus_has_its_names(vm: &mut Vm) -> Result<()> {
     let names = vm.ssh()?.run("lsblk -dno NAME,SERIAL | sort")?;
     for (name, serial) in [("nvme0n1", "disk0"), ("sda", "disk1"), ("vda", "disk2")] {
-        let found = names.stdout_str()?.lines().any(|l| l.split_whitespace().eq([name, serial]));
+        let found = names.text().lines().any(|l| l.split_whitespace().eq([name, serial]));
         ensure!(found, "no {name} with serial {serial} in:\n{}", names.text());
     }
     Ok(())
