@@ -41,19 +41,22 @@ sd_few() {
 sd_go() {
   sd_f=/dev/null
   [ "$sd_x" = i ] && sd_f=$sd_d/i
-  {
-    $sd_run sh -c "$sd_c" <"$sd_f" >"$sd_d/o" 2>"$sd_d/e" &
-    sd_p=$!
-    while :; do
-      sd_i=
-      wait "$sd_p"
-      sd_s=$?
-      [ "$sd_i" ] || break
-    done
-  } 2>"$sd_d/w"
-  sd_p= sd_c= sd_w=
-  # The shell's own word on a signal; it has none on exit statuses above 128.
-  [ -s "$sd_d/w" ] && sd_w=1
+  : >"$sd_d/s"
+  # The trap tells an exit status above 128 from a death by signal, which runs no trap (in bash it may
+  # run, but then with another status).
+  $sd_run sh -c "trap 'echo \$? >$sd_d/s' 0; $sd_c" <"$sd_f" >"$sd_d/o" 2>"$sd_d/e" &
+  sd_p=$!
+  while :; do
+    sd_i=
+    wait "$sd_p"
+    sd_s=$?
+    [ "$sd_i" ] || break
+  done
+  sd_p= sd_c= sd_w=exit
+  if [ "$sd_s" -gt 128 ]; then
+    read -r sd_w <"$sd_d/s"
+    [ "$sd_w" = "$sd_s" ] && sd_w=exit || sd_w=signal
+  fi
   set -- 4294967295 0 - 4294967295 0
   if [ -s "$sd_d/o" ] || [ -s "$sd_d/e" ]; then
     set -- $(cksum "$sd_d/o" "$sd_d/e")

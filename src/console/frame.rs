@@ -163,29 +163,24 @@ impl Reply {
                 Self::Ready { user_id: uid.parse().ok()?, missing: missing.trim().into() }
             }
             // The sums guard themselves; the status stands twice.
-            ["end", status, said, crc, size, err_crc, err_size, again] if status == again => {
+            ["end", status, how, crc, size, err_crc, err_size, again] if status == again => {
                 let sums = [
                     (crc.parse().ok()?, size.parse().ok()?),
                     (err_crc.parse().ok()?, err_size.parse().ok()?),
                 ];
-                let signalled = match said {
-                    "" => false,
-                    "1" => true,
-                    _ => return None,
-                };
-                Self::End { exit: exit(status.parse().ok()?, signalled), sums }
+                Self::End { exit: exit(status.parse().ok()?, how)?, sums }
             }
             _ => return None,
         })
     }
 }
 
-/// A shell says 128+n of a command that signal n ended, and of `exit 128+n`. It writes a message
-/// for signals, but for INT and PIPE (bash: TERM too), whose statuses therefore count as signals.
-fn exit(status: i32, signalled: bool) -> Exit {
-    match signal_name(status - 128) {
-        Some(name) if signalled || matches!(name, "INT" | "PIPE" | "TERM") => Exit::Signal(name.into()),
-        _ => Exit::Code(status),
+/// A shell says 128+n of a command that signal n ended; the agent knows whether it was one.
+fn exit(status: i32, how: &str) -> Option<Exit> {
+    match how {
+        "exit" => Some(Exit::Code(status)),
+        "signal" => Some(signal_name(status - 128).map_or(Exit::Code(status), |n| Exit::Signal(n.into()))),
+        _ => None,
     }
 }
 
@@ -248,11 +243,11 @@ mod tests {
 
     #[test]
     fn real_exit_statuses_differ_from_signals() {
-        assert_eq!(exit(137, false), Exit::Code(137));
-        assert_eq!(exit(137, true), Exit::Signal("KILL".into()));
-        assert_eq!(exit(141, false), Exit::Signal("PIPE".into()));
-        assert_eq!(exit(255, true), Exit::Code(255));
-        assert_eq!(exit(1, true), Exit::Code(1));
+        assert_eq!(exit(137, "exit"), Some(Exit::Code(137)));
+        assert_eq!(exit(137, "signal"), Some(Exit::Signal("KILL".into())));
+        // Real-time signals have no name in RFC 4254.
+        assert_eq!(exit(128 + 34, "signal"), Some(Exit::Code(162)));
+        assert_eq!(exit(0, "sixit"), None);
     }
 
     /// The frames of an output as the agent prints them.
@@ -264,7 +259,7 @@ mod tests {
             }
         }
         let end = format!(
-            "@k:1:end:{status}::{}:{}:{}:{}:{status}:0.\r\n",
+            "@k:1:end:{status}:exit:{}:{}:{}:{}:{status}:0.\r\n",
             cksum(stdout),
             stdout.len(),
             cksum(stderr),
@@ -320,7 +315,7 @@ mod tests {
     fn absurd_sizes_cost_nothing() {
         let max = u64::MAX - 60;
         let mut answer = Answer::default();
-        answer.accept(&format!("end:0::1:{max}:1:{max}:0:0"));
+        answer.accept(&format!("end:0:exit:1:{max}:1:{max}:0:0"));
         assert!(matches!(answer.assemble(), Some(Err(gaps)) if gaps.len() == 2));
     }
 
