@@ -1,9 +1,12 @@
 //! The `shakedown` command as a shell sees it: exit statuses, both streams, JSON.
 
 use assert_cmd::Command;
+use rustix::process::{Pid, Signal};
 use serde_json::Value;
+use shakedown::deadline::Deadline;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::Duration;
 
 /// The command with a cache of its own and nothing of the caller's settings.
 fn shakedown(cache: &Path) -> Command {
@@ -144,4 +147,30 @@ fn help_names_the_environment() {
     for name in ["SHAKEDOWN_CACHE", "BOOT_IMAGE_VM_LOGIN_TIMEOUT", "Exit status", "Examples"] {
         assert!(text.contains(name), "{name} in {text}");
     }
+}
+
+#[test]
+fn ctrl_c_ends_it_and_its_children_with_130() {
+    let (cache, path) = (dir(), dir());
+    let pid_file = path.path().join("pid");
+    let body = format!("echo $$ >{0}.new; mv {0}.new {0}; exec sleep 1000", pid_file.display());
+    fake(path.path(), "mmdebstrap", &body);
+    let mut doctor = std::process::Command::new(assert_cmd::cargo::cargo_bin!("shakedown"))
+        .arg("doctor")
+        .env("SHAKEDOWN_CACHE", cache.path())
+        .env("PATH", format!("{}:/usr/bin:/bin", path.path().display()))
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .expect("starts");
+    let deadline = Deadline::after(Duration::from_secs(60), "test");
+    let child = loop {
+        match std::fs::read_to_string(&pid_file) {
+            Ok(pid) => break pid.trim().to_owned(),
+            Err(_) => deadline.check().expect("the tool is asked for its version"),
+        }
+        std::thread::yield_now();
+    };
+    rustix::process::kill_process(Pid::from_child(&doctor), Signal::INT).expect("is sent");
+    assert_eq!(doctor.wait().expect("ends").code(), Some(130));
+    assert!(!Path::new("/proc").join(child).exists(), "the child is gone");
 }

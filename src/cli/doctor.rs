@@ -9,7 +9,7 @@ use shakedown::deadline::{Deadline, Stop};
 use shakedown::fault::Fault;
 use shakedown::host::apt::Plan;
 use shakedown::host::setting::Invalid;
-use shakedown::host::tools::Part;
+use shakedown::host::tools::{Part, install_fix};
 use shakedown::host::{self, Report, State};
 use shakedown::process;
 use shakedown::vm::accel::{self, Accel, Kind};
@@ -101,7 +101,7 @@ impl Diagnosis {
             return Ok(self);
         }
         if !host::is_root() {
-            prepare_sudo(&line)?;
+            prepare_sudo(&plan)?;
         }
         let log = host::cache_dir()?.join("install.log");
         let deadline = Deadline::after(Duration::from_secs(3600), "installation of packages");
@@ -123,7 +123,7 @@ impl Diagnosis {
             table.row([
                 state,
                 check.name.as_str().into(),
-                check.found.as_str().into(),
+                clip(&check.found).into(),
                 check.why.into(),
                 package,
             ]);
@@ -143,19 +143,41 @@ impl Diagnosis {
             0 => paint.paint(Colour::Green, "\nReady: images can be built, booted and tested here.\n"),
             count => paint.paint(Colour::Red, &format!("\nNot ready, {count} to fix:\n")),
         };
-        for check in self.report.problems() {
-            text += &format!("  {}: {}\n", check.name, check.fix.as_deref().unwrap_or(&check.found));
+        let (missing, other): (Vec<_>, Vec<_>) = self
+            .report
+            .problems()
+            .partition(|check| check.state == State::Missing && !check.packages.is_empty());
+        if !missing.is_empty() {
+            let names: Vec<_> = missing.iter().map(|check| check.name.as_str()).collect();
+            let packages = host::check::packages(missing.iter().copied()).join(" ");
+            text += &format!("  {}: {}\n", names.join(", "), install_fix(&packages));
+        }
+        for check in other {
+            text += &format!("  {}: {}\n", check.name, check.found);
+            text += &check.fix.as_ref().map(|fix| format!("    {fix}\n")).unwrap_or_default();
         }
         text
     }
 }
 
+/// Keeps the table narrow; what is cut off here is said in full below it.
+fn clip(found: &str) -> String {
+    const WIDTH: usize = 40;
+    if found.chars().count() <= WIDTH {
+        return found.into();
+    }
+    found.chars().take(WIDTH - 1).chain(['…']).collect()
+}
+
 /// Makes sure that sudo will not ask while apt runs, by letting it ask now where someone can answer.
-fn prepare_sudo(line: &str) -> Result<()> {
+fn prepare_sudo(plan: &Plan) -> Result<()> {
     let silent = |command: &mut Command| {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()
     };
-    let cannot = |why: &str| Fault::host(format!("cannot install as this user: {why}")).fix(line);
+    let cannot = |why: &str| {
+        let fix = format!("As root, run this: {}", plan.line(true));
+        Fault::host(format!("cannot install as this user: {why}")).fix(fix)
+    };
     match silent(Command::new("sudo").args(["-n", "true"])) {
         Ok(status) if status.success() => return Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {

@@ -74,14 +74,19 @@ pub(crate) fn main() -> ExitCode {
         Ok(Verdict::NotFine) => ExitCode::from(1),
         Err(error) => {
             let status = status_of(&error);
-            if status != BROKEN_PIPE {
-                terminal::print_error(&error);
+            match status {
+                BROKEN_PIPE => {}
+                // What broke because of it is no news.
+                INTERRUPTED => terminal::say("interrupted"),
+                _ => terminal::print_error(&error),
             }
             ExitCode::from(status)
         }
     }
 }
 
+/// 128 + SIGINT, as a shell reports a program that Ctrl-C ended.
+const INTERRUPTED: u8 = 130;
 /// As a shell reports a program that SIGPIPE ended: whoever read our output has gone, as in
 /// `shakedown doctor | head -1`.
 const BROKEN_PIPE: u8 = 141;
@@ -91,7 +96,7 @@ fn status_of(error: &anyhow::Error) -> u8 {
         e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
     };
     if process::interrupted() || error.chain().any(|e| e.downcast_ref() == Some(&Stop::Interrupted)) {
-        130
+        INTERRUPTED
     } else if error.chain().any(broken_pipe) {
         BROKEN_PIPE
     } else if error.chain().any(|e| e.is::<host::setting::Invalid>()) {
@@ -119,7 +124,7 @@ mod tests {
         let status = |error: Result<()>| status_of(&error.expect_err("an error"));
         assert_eq!(status(Err(invalid).context(Fault::host("reading settings"))), 2);
         assert_eq!(status(Err(Fault::host("no tool").into())), 1);
-        assert_eq!(status(Err(Stop::Interrupted).context("waiting")), 130);
+        assert_eq!(status(Err(Stop::Interrupted).context("waiting")), INTERRUPTED);
         let pipe = io::Error::from(io::ErrorKind::BrokenPipe);
         assert_eq!(status(Err(pipe).context("printing")), BROKEN_PIPE);
     }

@@ -108,9 +108,16 @@ impl Plan {
         for command in self.commands(prefix) {
             process::stream(command, log, STALL, deadline, &mut on_line).with_context(|| {
                 Fault::host("apt-get did not succeed").fix(
-                    "See its lines below. When it was interrupted, `dpkg --configure -a` as root repairs what is half done",
+                    "See its last lines. What an interruption left half done, \
+                     `dpkg --configure -a` as root repairs",
                 )
             })?;
+            // A failed fetch is a mere warning to apt, and then every package is unknown.
+            if present_lists()? == 0 {
+                return Err(Fault::host("`apt-get update` fetched no package list")
+                    .fix("See its last lines; check the network and /etc/apt/sources.list")
+                    .into());
+            }
         }
         Ok(())
     }

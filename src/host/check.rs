@@ -148,13 +148,18 @@ impl Report {
         self.checks.iter().filter(|check| check.state != State::Ok)
     }
 
-    /// The packages that would bring what is missing, too old or broken; each once.
+    /// The packages that would bring what is missing, too old or broken.
     pub fn missing_packages(&self) -> Vec<&'static str> {
-        let mut packages: Vec<_> = self.problems().flat_map(|check| check.packages.iter().copied()).collect();
-        packages.sort_unstable();
-        packages.dedup();
-        packages
+        packages(self.problems())
     }
+}
+
+/// The packages of some checks, sorted, each once.
+pub fn packages<'a>(checks: impl Iterator<Item = &'a Check>) -> Vec<&'static str> {
+    let mut packages: Vec<_> = checks.flat_map(|check| check.packages.iter().copied()).collect();
+    packages.sort_unstable();
+    packages.dedup();
+    packages
 }
 
 /// The innermost cause of an error on one line, for a cell of a table.

@@ -232,13 +232,13 @@ pub fn check_all() -> Vec<Check> {
     TOOLS.iter().filter(|tool| !tool.unprivileged || !is_root()).map(|tool| search.check(tool)).collect()
 }
 
-/// What to do about a missing package, as a sentence.
-pub(super) fn install_fix(package: &str) -> String {
+/// How to get packages (names with spaces between), as a sentence.
+pub fn install_fix(packages: &str) -> String {
     if os().debian {
         let sudo = if is_root() { "" } else { "sudo " };
-        format!("Install it with `{sudo}apt-get install {package}`, or run `shakedown doctor --install`")
+        format!("Install it with `{sudo}apt-get install {packages}`, or run `shakedown doctor --install`")
     } else {
-        format!("Install what Debian has in the package {package}")
+        format!("Install what Debian has as {packages}")
     }
 }
 
