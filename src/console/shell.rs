@@ -16,14 +16,12 @@ use super::{Keyboard, Line};
 use crate::connection::{Cmd, Connection, ConnectionError, Output, Stream};
 use crate::deadline::{Deadline, Stop};
 use crate::fault::Fault;
-use crate::process::quote;
 use anyhow::{Context, Result};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use std::fmt::Write as _;
 use std::hash::{BuildHasher, Hasher, RandomState};
-use std::io::Write as _;
-use std::path::Path;
+use std::io::Read as _;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -164,13 +162,13 @@ impl Shell {
         Ok(())
     }
 
-    fn command(&mut self, cmd: &Cmd<'_>, deadline: &Deadline) -> Result<Output, WaitError> {
-        let fresh = if cmd.stdin.is_empty() { "-" } else { "i" };
-        for (index, chunk) in cmd.stdin.chunks(CHUNK).enumerate() {
+    fn command(&mut self, line: &str, stdin: &[u8], deadline: &Deadline) -> Result<Output, WaitError> {
+        let fresh = if stdin.is_empty() { "-" } else { "i" };
+        for (index, chunk) in stdin.chunks(CHUNK).enumerate() {
             self.put(chunk, if index == 0 { "new" } else { "add" }, deadline)?;
         }
         self.id += 1;
-        let mut pieces = encode(&cmd.line, LINE);
+        let mut pieces = encode(line, LINE);
         let last = pieces.pop().unwrap_or_default();
         let mut request = String::new();
         for piece in pieces {
@@ -262,9 +260,6 @@ impl Shell {
         ConnectionError::Transport { peer: PEER.into(), what: what.into(), source: Some(Box::new(error)) }
     }
 
-    fn local(what: String, error: std::io::Error) -> ConnectionError {
-        ConnectionError::Transport { peer: PEER.into(), what, source: Some(Box::new(error)) }
-    }
 }
 
 impl Connection for Shell {
@@ -285,8 +280,13 @@ impl Connection for Shell {
             self.settle(&deadline)
                 .map_err(|e| Self::transport("the shell does not answer after a command that was stopped", e))?;
         }
-        match self.command(&cmd, &deadline) {
-            Ok(output) => {
+        let mut stdin = Vec::new();
+        cmd.stdin.read_to_end(&mut stdin).map_err(|source| ConnectionError::Host {
+            what: format!("cannot read the standard input of `{}`", cmd.line),
+            source,
+        })?;
+        match self.command(&cmd.line, &stdin, &deadline) {
+            Ok(mut output) => {
                 if let Some(see) = &mut cmd.on_output {
                     for (stream, bytes) in
                         [(Stream::Stdout, &output.stdout), (Stream::Stderr, &output.stderr)]
@@ -295,6 +295,9 @@ impl Connection for Shell {
                             see(stream, bytes);
                         }
                     }
+                }
+                if !cmd.keep {
+                    output.stdout.clear();
                 }
                 Ok(output)
             }
@@ -311,37 +314,6 @@ impl Connection for Shell {
                 Err(Self::transport(format!("the line was lost during `{}`", cmd.line), error))
             }
         }
-    }
-
-    fn upload(
-        &mut self,
-        local: &Path,
-        remote: &str,
-        mode: u32,
-        deadline: &Deadline,
-    ) -> Result<(), ConnectionError> {
-        let bytes = std::fs::read(local)
-            .map_err(|error| Self::local(format!("cannot read {}", local.display()), error))?;
-        // An empty standard input is /dev/null, which will do as well.
-        let line = format!(
-            "d={}; t=$d.shakedown-$$; [ ! -d \"$d\" ] || {{ echo \"$d is a directory\" >&2; exit 1; }}; \
-             umask 077 && cat >\"$t\" && chmod {:o} \"$t\" && mv -f \"$t\" \"$d\" || {{ rm -f \"$t\"; exit 1; }}",
-            quote(remote),
-            mode & 0o7777
-        );
-        self.run(Cmd::new(line).stdin(bytes), deadline).map(drop)
-    }
-
-    fn download(&mut self, remote: &str, local: &Path, deadline: &Deadline) -> Result<(), ConnectionError> {
-        let output = self.run(Cmd::new(format!("cat <{}", quote(remote))), deadline)?;
-        let dir = local.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        tempfile::NamedTempFile::new_in(dir)
-            .and_then(|mut file| {
-                file.write_all(&output.stdout)?;
-                file.persist(local).map_err(|error| error.error)
-            })
-            .map(drop)
-            .map_err(|error| Self::local(format!("cannot write {}", local.display()), error))
     }
 }
 

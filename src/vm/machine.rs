@@ -159,8 +159,8 @@ impl Vm {
         let (console, evidence) = (&mut self.console, &self.evidence);
         let prompt = self.image.login.as_ref().map(LoginProfile::prompt).transpose()?;
         let result = std::thread::scope(|scope| {
-            if let Some(prompt) = prompt {
-                scope.spawn(|| note_prompt(console, &prompt, &connected, evidence, deadline));
+            if let Some(prompt) = &prompt {
+                scope.spawn(|| note_prompt(console, prompt, &connected, evidence, deadline));
             }
             let result = Ssh::open(target, deadline);
             connected.store(true, Ordering::SeqCst);

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use qapi::qmp;
 use std::path::Path;
 
-const BUFFER: i64 = 0xB_8000;
+const BUFFER: u64 = 0xB_8000;
 const COLUMNS: usize = 80;
 const ROWS: usize = 25;
 const CELL: usize = 2;
@@ -20,7 +20,7 @@ pub(super) fn text(qmp: &mut Qmp, scratch: &Path, deadline: &Deadline) -> Result
     let file = scratch.join("vga-text");
     let command = qmp::pmemsave {
         val: BUFFER,
-        size: (COLUMNS * ROWS * CELL) as i64,
+        size: (COLUMNS * ROWS * CELL) as u64,
         filename: file.to_string_lossy().into_owned(),
     };
     qmp.execute(&command, deadline).context(Fault::host("QEMU cannot read the screen"))?;
