@@ -107,7 +107,12 @@ fn decide(deadline: &Deadline, trust_cache: bool) -> Result<Accel> {
     if trust_cache && let Some(accel) = recall(&cache, &key) {
         return Ok(accel);
     }
-    let accel = judge(&probe(&qemu, Kind::Kvm, &deadline.within(PROBE_TIME, "accelerator probe"))?);
+    let probe = probe(&qemu, Kind::Kvm, &deadline.within(PROBE_TIME, "accelerator probe"))?;
+    if !probe.complete() {
+        // A probe cut short by Ctrl-C or by the caller's own deadline proves nothing.
+        deadline.check()?;
+    }
+    let accel = judge(&probe);
     remember(&cache, key, &accel)?;
     Ok(accel)
 }
@@ -194,10 +199,6 @@ fn probe(qemu: &Path, kind: Kind, deadline: &Deadline) -> Result<Probe> {
             Err(mpsc::RecvTimeoutError::Timeout) if deadline.expired() => break,
             Err(mpsc::RecvTimeoutError::Timeout) => deadline.check()?,
         }
-    }
-    // A signal kills QEMU too, and an answer got that way would be cached.
-    if process::interrupted() {
-        return Err(crate::deadline::Stop::Interrupted.into());
     }
     Ok(probe)
 }
