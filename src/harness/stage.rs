@@ -36,6 +36,8 @@ pub(super) struct Run {
     record: OnceCell<record::Run>,
     /// Made when the first machine needs it.
     images: OnceCell<Images>,
+    /// Shows progress to whoever started the run.
+    watcher: Events,
 }
 
 /// What one execution of a scenario stands on.
@@ -57,8 +59,8 @@ struct Prepared {
 }
 
 impl Run {
-    pub(super) fn new(environment: Environment, settings: Settings) -> Self {
-        Self { environment, settings, record: OnceCell::new(), images: OnceCell::new() }
+    pub(super) fn new(environment: Environment, settings: Settings, watcher: Events) -> Self {
+        Self { environment, settings, record: OnceCell::new(), images: OnceCell::new(), watcher }
     }
 
     fn record(&self) -> Result<&record::Run> {
@@ -84,6 +86,7 @@ impl Run {
     /// Writes down that a scenario begins, before it does.
     pub(super) fn open(self: &Arc<Self>, scenario: &Scenario) -> Result<Stage> {
         let evidence = self.record()?.scenario(scenario.name, &markers(scenario))?;
+        evidence.watched_by(self.watcher.clone());
         Ok(Stage {
             run: Arc::clone(self),
             events: evidence.events(),
@@ -171,9 +174,9 @@ impl Stage {
         vm.finish(verdict.outcome == Outcome::Passed);
     }
 
-    /// Where the evidence of this execution is.
-    pub(super) fn evidence(&self) -> &Path {
-        self.evidence.directory()
+    /// What this execution leaves behind.
+    pub(super) fn evidence(&self) -> &Evidence {
+        &self.evidence
     }
 
     /// Gives the slot back and writes the outcome down.

@@ -37,6 +37,8 @@ struct State {
     events: File,
     log: File,
     machine_started: Option<Instant>,
+    /// Told after the logs.
+    watcher: Option<Events>,
     /// How many diagnostics got a number.
     numbered: usize,
     /// The first thing that could not be written while events came in.
@@ -96,6 +98,7 @@ impl Evidence {
             events: create(&directory.join("events.jsonl"))?,
             log: create(&logs.join("harness.log"))?,
             machine_started: None,
+            watcher: None,
             numbered: 0,
             problem: None,
             // Last: where there is a marker, there is all that a sweep needs.
@@ -119,6 +122,11 @@ impl Evidence {
     /// Where to tell what happens.
     pub fn events(&self) -> Events {
         Events::to(self.clone())
+    }
+
+    /// Tells `watcher` too, from now on: who shows progress to a person.
+    pub fn watched_by(&self, watcher: Events) {
+        self.state().watcher = Some(watcher);
     }
 
     /// The metadata as it stands.
@@ -211,6 +219,9 @@ impl Observer for Evidence {
     fn observe(&self, event: &Event) {
         let mut state = self.state();
         self.write(&mut state, event);
+        if let Some(watcher) = &state.watcher {
+            watcher.emit(event.clone());
+        }
         let booted = state.machine_started.map(|start| millis(start.elapsed().as_secs_f64()));
         let State { metadata, machine_started, .. } = &mut *state;
         let timings = &mut metadata.timings;
