@@ -79,13 +79,12 @@ impl Run {
 
     /// Puts a scenario on record that did not run: ignored, or not started.
     pub(super) fn record_unstarted(&self, scenario: &Scenario, verdict: &Verdict) -> Result<()> {
-        let markers = markers(scenario);
-        self.record()?.not_run(verdict.outcome, &[(scenario.name, &markers, &verdict.message)])
+        self.record()?.not_run(verdict.outcome, &[(scenario.name, scenario.markers, &verdict.message)])
     }
 
     /// Writes down that a scenario begins, before it does.
     pub(super) fn open(self: &Arc<Self>, scenario: &Scenario) -> Result<Stage> {
-        let evidence = self.record()?.scenario(scenario.name, &markers(scenario))?;
+        let evidence = self.record()?.scenario(scenario.name, scenario.markers)?;
         evidence.watched_by(self.watcher.clone());
         Ok(Stage {
             run: Arc::clone(self),
@@ -107,10 +106,6 @@ impl Run {
 /// Where the files of machines live while these run.
 fn machines() -> Result<PathBuf> {
     Ok(host::cache_dir()?.join("machines"))
-}
-
-fn markers(scenario: &Scenario) -> Vec<String> {
-    scenario.markers.iter().map(ToString::to_string).collect()
 }
 
 impl Stage {

@@ -23,7 +23,7 @@ fn keys(value: &Value) -> Vec<&str> {
 }
 
 fn qemu_started() -> Event {
-    Event::QemuStarted { pid: 7, command: vec!["qemu-system-x86_64".into(), "-m".into(), "a b".into()] }
+    Event::QemuStarting { command: vec!["qemu-system-x86_64".into(), "-m".into(), "a b".into()] }
 }
 
 #[test]

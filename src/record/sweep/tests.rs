@@ -57,7 +57,7 @@ fn the_dead_are_recorded_once_as_interrupted() {
     let root = temp();
     let run = run(root.path());
     let evidence = run.scenario("m::a", &["vm"]).expect("begins");
-    evidence.observe(&Event::QemuStarted { pid: 1, command: vec!["qemu".into()] });
+    evidence.observe(&Event::QemuStarting { command: vec!["qemu".into()] });
     let directory = die(evidence);
     let record = sweep_one(log_root(&run));
     assert_eq!(ledger_of(&run), slice::from_ref(&record));
