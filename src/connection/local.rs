@@ -1,6 +1,6 @@
 //! Commands on this host, with the semantics of every other connection.
 
-use super::{Cmd, Collector, Connection, ConnectionError, Exit, Output, Stream};
+use super::{Cmd, Collector, Connection, ConnectionError, Exit, Output, Stream, signal_name};
 use crate::deadline::{Deadline, Stop};
 use crate::process::{self, Child};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -142,12 +142,6 @@ fn again(error: &io::Error) -> bool {
 fn exit(status: ExitStatus) -> Exit {
     match (status.code(), status.signal()) {
         (Some(code), _) => Exit::Code(code),
-        (None, signal) => {
-            let number = signal.unwrap_or_default();
-            let name = signal_hook::low_level::signal_name(number);
-            Exit::Signal(
-                name.map_or_else(|| number.to_string(), |name| name.trim_start_matches("SIG").into()),
-            )
-        }
+        (None, signal) => Exit::Signal(signal_name(signal.unwrap_or_default())),
     }
 }

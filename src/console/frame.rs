@@ -7,7 +7,7 @@
 //! Noise only ever *adds* bytes to a line. A frame with something in its middle fails its form or
 //! its exact length, and is asked for again; the POSIX `cksum` over each stream has the last word.
 
-use crate::connection::{Exit, Output};
+use crate::connection::{signal_name, Exit, Output};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use std::collections::BTreeMap;
@@ -179,19 +179,9 @@ impl Reply {
 fn exit(status: i32, how: &str) -> Option<Exit> {
     match how {
         "exit" => Some(Exit::Code(status)),
-        "signal" => Some(signal_name(status - 128).map_or(Exit::Code(status), |n| Exit::Signal(n.into()))),
+        "signal" => Some(Exit::Signal(signal_name(status - 128))),
         _ => None,
     }
-}
-
-/// Linux on all architectures but Alpha, MIPS and SPARC: signal(7).
-fn signal_name(number: i32) -> Option<&'static str> {
-    const NAMES: [&str; 31] = [
-        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE",
-        "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ",
-        "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
-    ];
-    NAMES.get(usize::try_from(number).ok()?.checked_sub(1)?).copied()
 }
 
 /// The checksum of POSIX `cksum`: CRC-32 with polynomial 0x04C11DB7, most significant bit first,

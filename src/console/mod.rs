@@ -74,6 +74,12 @@ impl Console {
         Ok(Self { line, position: 0 })
     }
 
+    /// Another reader of the same line, which begins with power-on.
+    #[must_use]
+    pub fn reader(&self) -> Self {
+        Self { line: Arc::clone(&self.line), position: 0 }
+    }
+
     /// Waits until the guest has printed anything at all.
     ///
     /// # Errors

@@ -23,6 +23,7 @@ use qapi::qmp;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -156,11 +157,11 @@ impl Vm {
         let watch = self.qemu.watch()?;
         let target = Target::new(addr, user, self.key.clone()).until(move || watch.gone());
         let connected = AtomicBool::new(false);
-        let (console, evidence) = (&mut self.console, &self.evidence);
+        let (mut console, evidence) = (self.console.reader(), &self.evidence);
         let prompt = self.image.login.as_ref().map(LoginProfile::prompt).transpose()?;
         let result = std::thread::scope(|scope| {
             if let Some(prompt) = &prompt {
-                scope.spawn(|| note_prompt(console, prompt, &connected, evidence, deadline));
+                scope.spawn(|| note_prompt(&mut console, prompt, &connected, evidence, deadline));
             }
             let result = Ssh::open(target, deadline);
             connected.store(true, Ordering::SeqCst);
@@ -241,14 +242,7 @@ impl Vm {
         let deadline = self.deadline.within(POWER_OFF, "a clean power-off");
         let events = self.evidence.events();
         events.emit(Event::PowerOffRequested);
-        // A machine that is off already refuses the command; that is what was wanted.
-        if self.qemu.ended().is_none() {
-            let asked = self.qmp.execute(&qmp::system_powerdown {}, &deadline);
-            if asked.is_err() && self.qemu.ended().is_none() {
-                asked.context(Fault::host("QEMU cannot press the power button"))?;
-            }
-        }
-        let status = match self.qemu.wait(&deadline) {
+        let status = match self.press_until_off(&deadline) {
             Ok(status) => status,
             Err(error) => {
                 let screen = self.console.tail(10);
@@ -264,6 +258,25 @@ impl Vm {
             return Ok(());
         }
         Err(Fault::host(self.qemu.obituary()).into())
+    }
+
+    /// A guest that is still starting hears nothing of its button: it is pressed again.
+    fn press_until_off(&mut self, deadline: &Deadline) -> Result<ExitStatus> {
+        loop {
+            if let Some(status) = self.qemu.ended() {
+                return Ok(status);
+            }
+            let pressed = self.qmp.execute(&qmp::system_powerdown {}, deadline);
+            let attempt = deadline.within(Duration::from_secs(10), "one press of the power button");
+            match (self.qemu.wait(&attempt), pressed) {
+                (Ok(status), _) => return Ok(status),
+                (Err(error), Ok(_)) if deadline.check().is_err() => return Err(error),
+                (Err(_), Ok(_)) => {}
+                (Err(_), Err(error)) => {
+                    return Err(anyhow::Error::new(error).context(Fault::host("QEMU has no power button")));
+                }
+            }
+        }
     }
 
     /// True once QEMU has ended, for whatever reason.
