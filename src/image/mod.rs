@@ -2,6 +2,10 @@
 //!
 //! Owns recipes, prebuilt images and the content-addressed store. Does not boot anything.
 
+mod debian;
+pub(crate) mod digest;
+mod settings;
+
 use crate::vm::Firmware;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -93,4 +97,25 @@ impl Image {
     pub fn ssh_user(&self) -> &str { "root" }
     pub fn metadata(&self) -> crate::record::metadata::Image { crate::record::metadata::Image { name: self.name.clone(), recipe: self.recipe.clone(), digest: Some(self.digest.clone()) } }
     pub fn artifact(&self, key: &crate::connection::KeyPair) -> crate::record::metadata::Artifact { crate::record::metadata::Artifact { iso_path: self.file.clone(), store_path: None, deriver: None, nar_hash: None, root_key_fingerprint: Some(key.fingerprint()) } }
+}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    #[test]
+    #[ignore = "real"]
+    fn real() {
+        let cache = std::path::PathBuf::from(std::env::var("REAL").unwrap());
+        let d = crate::deadline::Deadline::after(std::time::Duration::from_secs(600), "t");
+        let t = std::time::Instant::now();
+        let plan = debian::Plan::new(&settings::Debian::default(), &cache.join("resolved"), &d).unwrap();
+        println!("key {} {:?}", plan.key, t.elapsed());
+        let dir = cache.join("x");
+        std::fs::create_dir_all(&dir).unwrap();
+        struct O(std::time::Instant);
+        impl crate::record::event::Observer for O { fn observe(&self, e: &crate::record::event::Event) { println!("{:?} {e:?}", self.0.elapsed()); } }
+        let b = plan.build(&dir, &cache.join("log"), &d, &crate::record::event::Events::to(O(t)));
+        match b { Ok(b) => println!("{} {}", b.kernel_release, b.packages.len()), Err(e) => println!("{e:?}") }
+        std::fs::write(dir.join("id"), &plan.key[..16]).unwrap();
+        println!("{:?} {}", t.elapsed(), plan.cmdline());
+    }
 }
