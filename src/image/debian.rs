@@ -67,9 +67,12 @@ impl Plan {
     /// A host [`Fault`] when apt cannot answer, or a file of the settings cannot be read.
     pub(super) fn new(settings: &Debian, cache: &Path, deadline: &Deadline) -> Result<Self> {
         if std::env::consts::ARCH != "x86_64" {
-            return Err(Fault::host(format!("the `debian` recipe builds on x86-64, and this is {}", std::env::consts::ARCH))
-                .fix("use a prebuilt image: SHAKEDOWN_IMAGE=FILE")
-                .into());
+            return Err(Fault::host(format!(
+                "the `debian` recipe builds on x86-64, and this is {}",
+                std::env::consts::ARCH
+            ))
+            .fix("use a prebuilt image: SHAKEDOWN_IMAGE=FILE")
+            .into());
         }
         let own = settings.files.as_deref().map(OwnFile::below).transpose()?.unwrap_or_default();
         let resolved = resolve(&settings.packages, cache, deadline)?;
@@ -93,7 +96,13 @@ impl Plan {
     ///
     /// # Errors
     /// A host [`Fault`] that names the step, with the last lines of the tool that failed.
-    pub(super) fn build(&self, dir: &Path, log: &Path, deadline: &Deadline, events: &Events) -> Result<Built> {
+    pub(super) fn build(
+        &self,
+        dir: &Path,
+        log: &Path,
+        deadline: &Deadline,
+        events: &Events,
+    ) -> Result<Built> {
         // Found now and not after a minute.
         for tool in ["mmdebstrap", "sqfstar", "xorriso", "grub-mkimage", "mformat"] {
             tools::require(tool)?;
@@ -102,14 +111,20 @@ impl Plan {
         let iso_tree = work.join("iso");
         fs::create_dir_all(iso_tree.join("live"))
             .with_context(|| Fault::host(format!("cannot write to {}", dir.display())))?;
-        let phase = |phase: &str| events.emit(Event::ImageBuildProgress { phase: phase.into(), percent: None });
+        let phase =
+            |phase: &str| events.emit(Event::ImageBuildProgress { phase: phase.into(), percent: None });
 
         phase("preparing");
         let overlay = work.join("overlay.tar");
         tree::write_overlay(&overlay, &self.own)?;
         let sources = Sources::of_host(deadline)?;
         let transport = apt::transport_options(deadline)?;
-        let root = bootstrap::Root { sources: &sources, transport: &transport, packages: &self.packages, overlay: &overlay };
+        let root = bootstrap::Root {
+            sources: &sources,
+            transport: &transport,
+            packages: &self.packages,
+            overlay: &overlay,
+        };
         let tar = work.join("root.tar");
         let temp = TempRoot::new(dir)?;
         bootstrap::bootstrap(&root, &tar, &work, temp.path(), log, deadline, events)?;
@@ -125,11 +140,18 @@ impl Plan {
         phase("writing the ISO");
         fs::remove_file(&tar).with_context(|| Fault::host(format!("cannot remove {}", tar.display())))?;
         bootable::iso(&iso_tree, &loaders, &dir.join("image.iso"), log, deadline)?;
-        fs::remove_dir_all(&work).with_context(|| Fault::host(format!("cannot remove {}", work.display())))?;
+        fs::remove_dir_all(&work)
+            .with_context(|| Fault::host(format!("cannot remove {}", work.display())))?;
         Ok(built)
     }
 
-    fn boot_files(&self, tar: &Path, dir: &Path, iso_tree: &Path, deadline: &Deadline) -> Result<(Built, bootable::Loaders)> {
+    fn boot_files(
+        &self,
+        tar: &Path,
+        dir: &Path,
+        iso_tree: &Path,
+        deadline: &Deadline,
+    ) -> Result<(Built, bootable::Loaders)> {
         let scratch = dir.join("work");
         let loaders = bootable::loaders(self.id(), &self.cmdline, iso_tree, &scratch, deadline)?;
         let tree = tree::Tree::read(tar)?;
@@ -139,7 +161,8 @@ impl Plan {
             *bytes = tree::uncompressed(name, std::mem::take(bytes), &scratch, deadline)?;
         }
         let (kernel, initrd) = (dir.join("vmlinuz"), dir.join("initrd"));
-        fs::write(&kernel, &tree.kernel).with_context(|| Fault::host(format!("cannot write {}", kernel.display())))?;
+        fs::write(&kernel, &tree.kernel)
+            .with_context(|| Fault::host(format!("cannot write {}", kernel.display())))?;
         initramfs::Initramfs {
             init: files::INIT,
             busybox: &tree.busybox,
@@ -285,7 +308,8 @@ fn collect(dir: &Path, below: &str, found: &mut Vec<OwnFile>) -> Result<()> {
             found.push(OwnFile { path, mode: 0o777, content: Content::Link(fs::read_link(entry.path())?) });
         } else if kind.is_file() {
             use std::os::unix::fs::PermissionsExt;
-            let content = fs::read(entry.path()).with_context(|| format!("reading {}", entry.path().display()))?;
+            let content =
+                fs::read(entry.path()).with_context(|| format!("reading {}", entry.path().display()))?;
             // What a umask adds for the group must not change the image.
             let mode = entry.metadata()?.permissions().mode() & 0o755;
             found.push(OwnFile { path, mode, content: Content::Bytes(content) });

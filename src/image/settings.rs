@@ -8,7 +8,8 @@
 //! cmdline = "quiet"         # more words for the kernel
 //!
 //! [package.metadata.shakedown.images.vendor]
-//! file = "vendor.iso"       # a prebuilt image, described by vendor.iso.toml
+//! file = "vendor.iso"       # a prebuilt image
+//! user = "admin"            # what is known about it: here, or else in vendor.iso.toml
 //! ```
 
 use crate::fault::Fault;
@@ -19,12 +20,12 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 /// Where an image comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) enum Source {
     /// Built here.
     Debian(Debian),
-    /// A file that is there.
-    File(PathBuf),
+    /// A file that is there, and what is said about it; nothing where that is in `FILE.toml`.
+    File { file: PathBuf, description: Table },
 }
 
 /// Settings of the `debian` recipe.
@@ -47,14 +48,18 @@ impl Source {
     /// # Errors
     /// A host [`Fault`] that names the image and the key, with the nearest right one for a typo.
     pub(super) fn read(name: &str, table: &Table, base: &Path) -> Result<Self> {
-        Self::parse(table, base)
-            .with_context(|| Fault::host(format!("[package.metadata.shakedown.images.{name}] of Cargo.toml is wrong")))
+        Self::parse(table, base).with_context(|| {
+            Fault::host(format!("[package.metadata.shakedown.images.{name}] of Cargo.toml is wrong"))
+        })
     }
 
     fn parse(table: &Table, base: &Path) -> Result<Self> {
         if let Some(file) = table.get("file") {
-            known_keys(table, &["file"]).context("an image of a `file` has no other key: what is known about it is in FILE.toml")?;
-            return Ok(Self::File(base.join(text(file, "file")?)));
+            let file = base.join(text(file, "file")?);
+            let mut description = table.clone();
+            description.remove("file");
+            super::prebuilt::check(&description)?;
+            return Ok(Self::File { file, description });
         }
         let recipe = match table.get("recipe") {
             Some(recipe) => text(recipe, "recipe")?,
@@ -74,13 +79,21 @@ impl Source {
         };
         packages.sort();
         packages.dedup();
-        let files = table.get("files").map(|files| text(files, "files")).transpose()?.map(|dir| base.join(dir));
-        let cmdline = table.get("cmdline").map(|words| text(words, "cmdline")).transpose()?.unwrap_or_default();
+        let files =
+            table.get("files").map(|files| text(files, "files")).transpose()?.map(|dir| base.join(dir));
+        let cmdline =
+            table.get("cmdline").map(|words| text(words, "cmdline")).transpose()?.unwrap_or_default();
         // It becomes a line of GRUB's script.
-        if let Some(odd) = cmdline.chars().find(|c| !(c.is_ascii_alphanumeric() || " -_.,:=/@%+".contains(*c))) {
+        if let Some(odd) =
+            cmdline.chars().find(|c| !(c.is_ascii_alphanumeric() || " -_.,:=/@%+".contains(*c)))
+        {
             bail!("`cmdline` cannot have the character {odd:?}");
         }
-        Ok(Self::Debian(Debian { packages, files, cmdline: cmdline.split_whitespace().collect::<Vec<_>>().join(" ") }))
+        Ok(Self::Debian(Debian {
+            packages,
+            files,
+            cmdline: cmdline.split_whitespace().collect::<Vec<_>>().join(" "),
+        }))
     }
 }
 
@@ -88,7 +101,10 @@ impl Source {
 fn package(value: &Value) -> Result<String> {
     let name = text(value, "packages")?;
     let plain = |c: char| c.is_ascii_alphanumeric() || "+-.:=~".contains(c);
-    if !name.starts_with(|c: char| c.is_ascii_alphanumeric()) || !name.chars().all(plain) || name.ends_with(['-', '+']) {
+    if !name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        || !name.chars().all(plain)
+        || name.ends_with(['-', '+'])
+    {
         bail!("`packages` has {name:?}, which is no package's name");
     }
     Ok(name.to_owned())
@@ -120,7 +136,8 @@ mod tests {
 
     #[test]
     fn a_recipe_s_settings_are_put_in_order() {
-        let source = parse("recipe='debian'\npackages=['zsh','nvme-cli','zsh']\nfiles='image'\ncmdline=' a=1   b '");
+        let source =
+            parse("recipe='debian'\npackages=['zsh','nvme-cli','zsh']\nfiles='image'\ncmdline=' a=1   b '");
         let expected = Debian {
             packages: vec!["nvme-cli".into(), "zsh".into()],
             files: Some("/project/image".into()),
@@ -131,8 +148,9 @@ mod tests {
 
     #[test]
     fn a_file_is_found_from_the_project() {
-        assert_eq!(parse("file='a.iso'").expect("is right"), Source::File("/project/a.iso".into()));
-        assert_eq!(parse("file='/b.iso'").expect("is right"), Source::File("/b.iso".into()));
+        let file = |file: &str| Source::File { file: file.into(), description: Table::new() };
+        assert_eq!(parse("file='a.iso'").expect("is right"), file("/project/a.iso"));
+        assert_eq!(parse("file='/b.iso'").expect("is right"), file("/b.iso"));
     }
 
     #[test]
@@ -142,7 +160,8 @@ mod tests {
             ("recipe='debain'", &["unknown recipe `debain`", "did you mean `debian`?"]),
             ("recipie='debian'", &["did you mean `recipe`?"]),
             ("packages=[]", &["`recipe = \"debian\"`"]),
-            ("file='x'\nrecipe='debian'", &["FILE.toml"]),
+            ("file='x'\nrecipe='debian'", &["unknown key `recipe`"]),
+            ("file='x'\nusr='root'", &["did you mean `user`?"]),
             ("recipe='debian'\npackages='x'", &["must be a list"]),
             ("recipe='debian'\npackages=['--option']", &["no package's name"]),
             ("recipe='debian'\npackages=['perl-']", &["no package's name"]),

@@ -82,7 +82,8 @@ pub(super) fn transport_options(deadline: &Deadline) -> Result<String> {
 }
 
 fn keep_transport(dump: &str) -> String {
-    const KEPT: [&str; 5] = ["acquire::http::", "acquire::https::", "acquire::ftp::", "acquire::check-", "acquire::retries"];
+    const KEPT: [&str; 5] =
+        ["acquire::http::", "acquire::https::", "acquire::ftp::", "acquire::check-", "acquire::retries"];
     dump.lines()
         .filter(|line| {
             let line = line.to_lowercase();
@@ -97,7 +98,12 @@ fn keep_transport(dump: &str) -> String {
 ///
 /// # Errors
 /// A host [`Fault`] that has apt's words, as for a package that does not exist.
-pub(super) fn resolve(sources: &Sources, packages: &[String], scratch: &Path, deadline: &Deadline) -> Result<Vec<String>> {
+pub(super) fn resolve(
+    sources: &Sources,
+    packages: &[String],
+    scratch: &Path,
+    deadline: &Deadline,
+) -> Result<Vec<String>> {
     let list = tempfile::Builder::new()
         .suffix(".list")
         .tempfile_in(scratch)
@@ -105,7 +111,12 @@ pub(super) fn resolve(sources: &Sources, packages: &[String], scratch: &Path, de
         .with_context(|| Fault::host(format!("cannot write to {}", scratch.display())))?;
     let mut command = apt("apt-get");
     // The host's own package cache is neither used (it has the host's state in it) nor replaced.
-    for option in ["Dir::State::status=/dev/null", "Dir::Etc::SourceParts=/dev/null", "Dir::Cache::pkgcache=", "Dir::Cache::srcpkgcache="] {
+    for option in [
+        "Dir::State::status=/dev/null",
+        "Dir::Etc::SourceParts=/dev/null",
+        "Dir::Cache::pkgcache=",
+        "Dir::Cache::srcpkgcache=",
+    ] {
         command.args(["-o", option]);
     }
     command.arg("-o").arg(format!("Dir::Etc::SourceList={}", list.path().display()));
@@ -116,7 +127,9 @@ pub(super) fn resolve(sources: &Sources, packages: &[String], scratch: &Path, de
     })?;
     let versions = parse_simulation(&text);
     if versions.is_empty() {
-        return Err(Fault::host("apt would install nothing into an empty image").fix("`apt-get update` as root").into());
+        return Err(Fault::host("apt would install nothing into an empty image")
+            .fix("`apt-get update` as root")
+            .into());
     }
     Ok(versions)
 }
@@ -195,7 +208,8 @@ mod tests {
 
     #[test]
     fn no_lists_is_an_error_with_its_fix() {
-        let error = Sources::parse("\thttp://deb.debian.org/debian/\tbookworm\tmain\tamd64\n").expect_err("no lists");
+        let error =
+            Sources::parse("\thttp://deb.debian.org/debian/\tbookworm\tmain\tamd64\n").expect_err("no lists");
         assert!(format!("{error:#}").contains("apt-get update"), "{error:#}");
     }
 

@@ -16,8 +16,17 @@ use std::time::Duration;
 
 const BIOS_DIR: &str = "/usr/lib/grub/i386-pc";
 const MODULES: [&str; 11] = [
-    "iso9660", "search", "search_fs_file", "configfile", "normal", "echo", "linux", "serial", "terminal",
-    "part_gpt", "part_msdos",
+    "iso9660",
+    "search",
+    "search_fs_file",
+    "configfile",
+    "normal",
+    "echo",
+    "linux",
+    "serial",
+    "terminal",
+    "part_gpt",
+    "part_msdos",
 ];
 /// xorriso tells its progress every second.
 const STALL: Duration = Duration::from_secs(120);
@@ -31,7 +40,13 @@ pub(super) struct Loaders {
 ///
 /// # Errors
 /// A host [`Fault`] that names the tool that failed.
-pub(super) fn loaders(id: &str, cmdline: &str, tree: &Path, scratch: &Path, deadline: &Deadline) -> Result<Loaders> {
+pub(super) fn loaders(
+    id: &str,
+    cmdline: &str,
+    tree: &Path,
+    scratch: &Path,
+    deadline: &Deadline,
+) -> Result<Loaders> {
     let boot = tree.join("boot/grub");
     let early = scratch.join("early.cfg");
     fs::create_dir_all(&boot)
@@ -42,8 +57,9 @@ pub(super) fn loaders(id: &str, cmdline: &str, tree: &Path, scratch: &Path, dead
         let mut command = Command::new(tools::require("grub-mkimage")?);
         command.args(["-O", platform, "-p", "/boot/grub", "-c"]).arg(&early).arg("-o").arg(out);
         command.args(MODULES).arg(more);
-        process::output(command, deadline)
-            .with_context(|| Fault::host(format!("cannot make GRUB for {platform}")).fix("shakedown doctor --install"))?;
+        process::output(command, deadline).with_context(|| {
+            Fault::host(format!("cannot make GRUB for {platform}")).fix("shakedown doctor --install")
+        })?;
         Ok(())
     };
     let core = scratch.join("core.img");
@@ -61,11 +77,12 @@ fn fill(template: &str, id: &str, cmdline: &str) -> String {
 }
 
 fn concatenate(parts: &[&Path], out: &Path) -> Result<()> {
-    let mut file = File::create(out).with_context(|| Fault::host(format!("cannot write {}", out.display())))?;
+    let mut file =
+        File::create(out).with_context(|| Fault::host(format!("cannot write {}", out.display())))?;
     for part in parts {
-        File::open(part)
-            .and_then(|mut part| std::io::copy(&mut part, &mut file))
-            .with_context(|| Fault::host(format!("cannot copy {}", part.display())).fix("shakedown doctor --install"))?;
+        File::open(part).and_then(|mut part| std::io::copy(&mut part, &mut file)).with_context(|| {
+            Fault::host(format!("cannot copy {}", part.display())).fix("shakedown doctor --install")
+        })?;
     }
     Ok(())
 }
@@ -75,7 +92,9 @@ fn efi_system_partition(loader: &Path, out: &Path, deadline: &Deadline) -> Resul
     const FLOPPY: u64 = 1440 * 1024;
     let size = loader.metadata().map_or(0, |meta| meta.len());
     if size + (32 << 10) > FLOPPY {
-        return Err(Fault::host(format!("GRUB for UEFI has {size} bytes, which do not fit on 1.44 MB")).into());
+        return Err(
+            Fault::host(format!("GRUB for UEFI has {size} bytes, which do not fit on 1.44 MB")).into()
+        );
     }
     File::create(out)
         .and_then(|file| file.set_len(FLOPPY))
@@ -108,12 +127,26 @@ pub(super) fn iso(tree: &Path, loaders: &Loaders, out: &Path, log: &Path, deadli
         .args(["-V", "SHAKEDOWN", "-R", "-J"])
         .arg(format!("--modification-date={time}"))
         // BIOS: El Torito from CD-ROM, an MBR that finds the same file from disk.
-        .args(["-b", "boot/grub/bios.img", "-no-emul-boot", "-boot-load-size", "4", "-boot-info-table", "--grub2-boot-info"])
+        .args([
+            "-b",
+            "boot/grub/bios.img",
+            "-no-emul-boot",
+            "-boot-load-size",
+            "4",
+            "-boot-info-table",
+            "--grub2-boot-info",
+        ])
         .args(["--grub2-mbr", &format!("{BIOS_DIR}/boot_hybrid.img")])
         // UEFI: one FAT file system, both a partition and an El Torito entry.
         .args(["-append_partition", "2", "0xef"])
         .arg(&loaders.efi_partition)
-        .args(["-appended_part_as_gpt", "-eltorito-alt-boot", "-e", "--interval:appended_partition_2:all::", "-no-emul-boot"])
+        .args([
+            "-appended_part_as_gpt",
+            "-eltorito-alt-boot",
+            "-e",
+            "--interval:appended_partition_2:all::",
+            "-no-emul-boot",
+        ])
         .arg(tree);
     command.env("SOURCE_DATE_EPOCH", SOURCE_DATE_EPOCH.to_string());
     process::stream(command, log, STALL, deadline, |_| {})

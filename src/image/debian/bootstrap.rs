@@ -36,12 +36,21 @@ pub(super) struct Root<'a> {
 ///
 /// # Errors
 /// A host [`Fault`] with mmdebstrap's last lines.
-pub(super) fn bootstrap(root: &Root<'_>, tar: &Path, scratch: &Path, temp: &Path, log: &Path, deadline: &Deadline, events: &Events) -> Result<()> {
+pub(super) fn bootstrap(
+    root: &Root<'_>,
+    tar: &Path,
+    scratch: &Path,
+    temp: &Path,
+    log: &Path,
+    deadline: &Deadline,
+    events: &Events,
+) -> Result<()> {
     let sources = scratch.join("sources.list");
     let transport = scratch.join("apt.conf");
     // A file, since a proxy's password has no place on a command line.
     for (file, text) in [(&sources, &root.sources.list[..]), (&transport, root.transport)] {
-        std::fs::write(file, text).with_context(|| Fault::host(format!("cannot write {}", file.display())))?;
+        std::fs::write(file, text)
+            .with_context(|| Fault::host(format!("cannot write {}", file.display())))?;
     }
     let mut command = Command::new(tools::require("mmdebstrap")?);
     command
@@ -82,8 +91,7 @@ const TRANSPORT: &str = "/etc/apt/apt.conf.d/90shakedown-transport";
 /// closed. The death signal of [`process::spawn`] reaches only the direct child, and mmdebstrap's
 /// children would go on without it.
 fn with_watcher(command: &Command) -> Result<(Command, PipeWriter)> {
-    const SCRIPT: &str =
-        r#"{ read -r _ <&3; kill -KILL 0; } </dev/null >/dev/null 2>&1 & exec "$@" 3<&-"#;
+    const SCRIPT: &str = r#"{ read -r _ <&3; kill -KILL 0; } </dev/null >/dev/null 2>&1 & exec "$@" 3<&-"#;
     let (reader, writer) = std::io::pipe().context(Fault::host("cannot make a pipe"))?;
     let mut watched = Command::new("/bin/sh");
     watched.args(["-c", SCRIPT, "sh"]).arg(command.get_program()).args(command.get_args());
@@ -103,17 +111,32 @@ fn explain(error: anyhow::Error) -> anyhow::Error {
             "free some 2 GB, or set SHAKEDOWN_CACHE and TMPDIR to places that have them",
         ),
         (
-            &["Temporary failure resolving", "Could not resolve", "Could not connect", "Connection failed", "Unable to connect", "Failed to fetch"],
+            &[
+                "Temporary failure resolving",
+                "Could not resolve",
+                "Could not connect",
+                "Connection failed",
+                "Unable to connect",
+                "Failed to fetch",
+            ],
             "the packages cannot be fetched",
             "check that `apt-get update` works here: the build uses the same sources and proxies",
         ),
-        (&["Unable to locate package"], "a package does not exist", "correct `packages` in the image's settings"),
+        (
+            &["Unable to locate package"],
+            "a package does not exist",
+            "correct `packages` in the image's settings",
+        ),
         (
             &["invalid idmap", "/etc/subuid", "newuidmap", "unshare() failed", "unshare mode"],
             "this user may not make user namespaces",
             "install `uidmap`, give the user a range (`usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER` as root), or build as root",
         ),
-        (&["NO_PUBKEY", "not signed"], "the sources' signatures are not trusted", "install the distribution's keyring package"),
+        (
+            &["NO_PUBKEY", "not signed"],
+            "the sources' signatures are not trusted",
+            "install the distribution's keyring package",
+        ),
     ];
     let found = known.iter().find(|(signs, ..)| signs.iter().any(|sign| text.contains(sign)));
     match found {
@@ -144,7 +167,9 @@ impl Progress {
                 () if starts("extracting archives") => "unpacking base packages",
                 () if starts("installing essential") => "installing base packages",
                 () if starts("installing remaining") => "installing packages",
-                () if starts("running --customize-hook") || starts("running special hook: tar-in") => "configuring",
+                () if starts("running --customize-hook") || starts("running special hook: tar-in") => {
+                    "configuring"
+                }
                 () if starts("creating tarball") => "collecting the root file system",
                 () => self.phase,
             };
@@ -154,7 +179,9 @@ impl Progress {
         } else if let Some((_, rest)) = line.split_once(" upgraded, ") {
             self.total = rest.split(' ').next().and_then(|count| count.parse().ok()).unwrap_or(0);
             self.seen = 0;
-        } else if self.total > 0 && ["Get:", "Unpacking ", "Setting up "].iter().any(|start| line.starts_with(start)) {
+        } else if self.total > 0
+            && ["Get:", "Unpacking ", "Setting up "].iter().any(|start| line.starts_with(start))
+        {
             self.seen += 1;
             // The downloading phase has one line per package, the others three or two.
             let lines = if self.phase.starts_with("downloading") { self.total } else { self.total * 3 };

@@ -64,7 +64,10 @@ impl Tree {
     ///
     /// # Errors
     /// A host [`Fault`] that names a module the kernel does not have.
-    pub(super) fn dependencies<'a>(&self, wanted: impl Iterator<Item = &'a str>) -> Result<BTreeMap<String, Vec<String>>> {
+    pub(super) fn dependencies<'a>(
+        &self,
+        wanted: impl Iterator<Item = &'a str>,
+    ) -> Result<BTreeMap<String, Vec<String>>> {
         let lines: BTreeMap<&str, Vec<&str>> = self
             .modules_dep
             .lines()
@@ -95,7 +98,11 @@ impl Tree {
     ///
     /// # Errors
     /// When one is missing.
-    pub(super) fn modules<'a>(&self, path: &Path, names: impl Iterator<Item = &'a String>) -> Result<BTreeMap<String, Vec<u8>>> {
+    pub(super) fn modules<'a>(
+        &self,
+        path: &Path,
+        names: impl Iterator<Item = &'a String>,
+    ) -> Result<BTreeMap<String, Vec<u8>>> {
         let mut wanted: BTreeSet<&str> = names.map(String::as_str).collect();
         let mut modules = BTreeMap::new();
         let prefix = format!("lib/modules/{}/", self.release);
@@ -110,7 +117,9 @@ impl Tree {
         })?;
         match wanted.first() {
             None => Ok(modules),
-            Some(missing) => Err(Fault::host(format!("the root file system lacks the kernel module {missing}")).into()),
+            Some(missing) => {
+                Err(Fault::host(format!("the root file system lacks the kernel module {missing}")).into())
+            }
         }
     }
 }
@@ -189,24 +198,33 @@ pub(super) fn header(kind: tar::EntryType, mode: u32, size: u64) -> tar::Header 
 ///
 /// # Errors
 /// When the host lacks the program that unpacks it.
-pub(super) fn uncompressed(name: &str, bytes: Vec<u8>, scratch: &Path, deadline: &crate::deadline::Deadline) -> Result<Vec<u8>> {
+pub(super) fn uncompressed(
+    name: &str,
+    bytes: Vec<u8>,
+    scratch: &Path,
+    deadline: &crate::deadline::Deadline,
+) -> Result<Vec<u8>> {
     let program = match name.rsplit('.').next() {
         Some("xz") => "xz",
         Some("zst") => "zstd",
         Some("gz") => {
             let mut plain = Vec::new();
-            flate2::read::GzDecoder::new(&bytes[..]).read_to_end(&mut plain).with_context(|| format!("unpacking {name}"))?;
+            flate2::read::GzDecoder::new(&bytes[..])
+                .read_to_end(&mut plain)
+                .with_context(|| format!("unpacking {name}"))?;
             return Ok(plain);
         }
         _ => return Ok(bytes),
     };
     let packed = scratch.join(name.rsplit('/').next().unwrap_or(name));
     let plain = packed.with_extension("");
-    std::fs::write(&packed, bytes).with_context(|| Fault::host(format!("cannot write {}", packed.display())))?;
+    std::fs::write(&packed, bytes)
+        .with_context(|| Fault::host(format!("cannot write {}", packed.display())))?;
     let mut command = std::process::Command::new(program);
     command.args(["-d", "-q", "-f"]).arg(&packed);
     crate::process::output(command, deadline).with_context(|| {
-        Fault::host(format!("cannot unpack the kernel module {name}")).fix(format!("apt-get install {program}"))
+        Fault::host(format!("cannot unpack the kernel module {name}"))
+            .fix(format!("apt-get install {program}"))
     })?;
     let mut bytes = Vec::new();
     File::open(&plain)
