@@ -36,14 +36,14 @@ pub(super) struct Doctor {
 
 /// All that doctor knows; `--json` prints it as it is.
 #[derive(Serialize)]
-struct Diagnosis {
+pub(super) struct Diagnosis {
     schema_version: u32,
     version: &'static str,
-    ok: bool,
+    pub(super) ok: bool,
     #[serde(flatten)]
     report: Report,
     /// `null` when there is no usable QEMU to ask.
-    accelerator: Option<Accel>,
+    pub(super) accelerator: Option<Accel>,
 }
 
 impl Doctor {
@@ -62,7 +62,7 @@ impl Doctor {
 }
 
 impl Diagnosis {
-    fn make() -> Result<Self> {
+    pub(super) fn make() -> Result<Self> {
         let logs = std::env::var_os("BOOT_IMAGE_VM_LOG_ROOT").filter(|value| !value.is_empty());
         let logs = logs.map_or_else(|| PathBuf::from("notes"), PathBuf::from);
         // A prebuilt image needs no tools to build one.
@@ -90,7 +90,7 @@ impl Diagnosis {
     }
 
     /// Installs what is missing, with the user's consent, and looks again.
-    fn treat(self, yes: bool) -> Result<Self> {
+    pub(super) fn treat(self, yes: bool) -> Result<Self> {
         let Some(plan) = Plan::new(self.report.missing_packages())? else { return Ok(self) };
         for check in self.report.problems() {
             terminal::say(&format!("{}: {} ({})", check.name, check.found, check.why));
@@ -110,7 +110,7 @@ impl Diagnosis {
         Self::make()
     }
 
-    fn text(&self, paint: Paint) -> String {
+    pub(super) fn text(&self, paint: Paint) -> String {
         let mut table = Table::new(["", "NEEDED", "FOUND", "WHAT FOR", "PACKAGE"]);
         for check in &self.report.checks {
             let state = match check.state {

@@ -3,7 +3,11 @@
 //! Each subcommand is a thin file here over the library. Standard output carries the answer and
 //! nothing else; progress, questions and errors go to standard error.
 
+mod bench;
+mod demo;
 mod doctor;
+mod ledger;
+mod progress;
 mod table;
 mod terminal;
 
@@ -23,21 +27,27 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Demo(demo::Demo),
     Doctor(doctor::Doctor),
+    Ledger(ledger::Ledger),
+    Bench(bench::Bench),
 }
 
 const EXAMPLES: &str = "\
 Examples:
-  shakedown doctor              What this host has and lacks
-  shakedown doctor --install    Install what is missing
+  shakedown demo                The main job, from a bare host to a scenario that ran
+  shakedown doctor --install    What this host has and lacks, and installing that
+  shakedown image list          The boot images in the store
 
 `shakedown --help` lists the environment variables and exit statuses.";
 
 const MORE: &str = "\
 Examples:
-  shakedown doctor              What this host has and lacks
-  shakedown doctor --install    Install what is missing
-  shakedown doctor --json       The same for programs
+  shakedown demo                The main job, from a bare host to a scenario that ran
+  shakedown doctor --install    What this host has and lacks, and installing that
+  shakedown image list          The boot images in the store
+  shakedown ledger check        Whether every line of the ledger is valid
+  shakedown bench boot --json   How fast machines boot here
 
 Environment variables:
   SHAKEDOWN_CACHE                Images, templates and cached answers [$XDG_CACHE_HOME/shakedown]
@@ -67,7 +77,10 @@ enum Verdict {
 pub(crate) fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = process::handle_signals().and_then(|()| match cli.command {
+        Command::Demo(demo) => demo.run(),
         Command::Doctor(doctor) => doctor.run(),
+        Command::Ledger(ledger) => ledger.run(),
+        Command::Bench(bench) => bench.run(),
     });
     match result {
         Ok(Verdict::Fine) => ExitCode::SUCCESS,

@@ -20,13 +20,19 @@ pub const BUILT_IN: [(&str, &str); 4] = [
 #[derive(Clone, Debug)]
 pub(crate) struct Known(BTreeMap<String, String>);
 
+impl Default for Known {
+    fn default() -> Self {
+        Self(BUILT_IN.map(|(name, meaning)| (name.to_owned(), meaning.to_owned())).into())
+    }
+}
+
 impl Known {
     /// The built-in ones and the project's own.
     ///
     /// # Errors
     /// When a name means something else in an expression, such as `all` or `unix`.
     pub(crate) fn with(own: impl IntoIterator<Item = (String, String)>) -> Result<Self> {
-        let mut known: BTreeMap<_, _> = BUILT_IN.map(|(n, m)| (n.to_owned(), m.to_owned())).into();
+        let Self(mut known) = Self::default();
         for (name, meaning) in own {
             if !is_marker(&name) {
                 bail!(

@@ -24,6 +24,7 @@
 mod command_line;
 mod marker;
 mod panics;
+mod progress;
 mod scenario;
 mod settings;
 pub mod slots;
@@ -37,6 +38,8 @@ pub use settings::Settings;
 
 use crate::fault::Fault;
 use crate::process;
+use crate::record::event::Events;
+use crate::record::metadata::Timings;
 use crate::record::{Environment, Outcome};
 use anyhow::{Context, Result, bail};
 use libtest_mimic::{Arguments, Completion, Trial};
@@ -140,6 +143,37 @@ pub fn bench_list(count: usize, list: &Path) -> Result<Duration> {
     Ok(begun.elapsed())
 }
 
+/// How a scenario went that ran outside of a test binary.
+#[derive(Debug)]
+pub struct Performance {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Why, for every outcome but `passed`.
+    pub message: String,
+    /// Where its evidence is; `None` when it could not be begun.
+    pub evidence: Option<PathBuf>,
+    /// What was measured.
+    pub timings: Timings,
+}
+
+/// Runs one scenario without a test binary: what `shakedown demo` and `bench` do. `watcher` is told
+/// what happens.
+pub fn perform(
+    environment: Environment,
+    settings: Settings,
+    scenario: &'static Scenario,
+    watcher: Events,
+) -> Performance {
+    let run = Arc::new(Run::new(environment, settings, watcher));
+    let (verdict, evidence) = trial::execute(&run, scenario);
+    Performance {
+        outcome: verdict.outcome,
+        message: verdict.message,
+        timings: evidence.as_ref().map(|evidence| evidence.metadata().timings).unwrap_or_default(),
+        evidence: evidence.map(|evidence| evidence.directory().to_owned()),
+    }
+}
+
 fn run(
     project: Project,
     arguments: impl IntoIterator<Item = OsString>,
@@ -164,7 +198,7 @@ fn run(
         return Ok(libtest_mimic::run(&arguments, trials.collect()).exit_code());
     }
     process::handle_signals()?;
-    let run = Arc::new(Run::new(environment, settings));
+    let run = Arc::new(Run::new(environment, settings, Events::to(progress::Lines::default())));
     let tally = Arc::new(Tally::default());
     let trials =
         scenarios.map(|(scenario, reason)| trial(&run, &tally, &arguments, scenario, reason)).collect();
@@ -233,7 +267,7 @@ fn trial(
     let body = move || {
         let verdict = match reason {
             Some(reason) => trial::unstarted(&run, scenario, Verdict::new(Outcome::Ignored, reason)),
-            None => trial::execute(&run, scenario),
+            None => trial::execute(&run, scenario).0,
         };
         tally.count(verdict.outcome);
         match verdict.outcome {

@@ -24,7 +24,7 @@ use toml::{Table, Value};
 const KEYS: [&str; 4] = ["image", "ignore", "markers", "images"];
 
 /// The settings of a project, checked.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Settings {
     /// The image of scenarios that name none.
     pub image: Option<String>,

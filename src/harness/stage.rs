@@ -36,6 +36,8 @@ pub(super) struct Run {
     record: OnceCell<record::Run>,
     /// Made when the first machine needs it.
     images: OnceCell<Images>,
+    /// Shows progress to whoever started the run.
+    watcher: Events,
 }
 
 /// What one execution of a scenario stands on.
@@ -57,8 +59,8 @@ struct Prepared {
 }
 
 impl Run {
-    pub(super) fn new(environment: Environment, settings: Settings) -> Self {
-        Self { environment, settings, record: OnceCell::new(), images: OnceCell::new() }
+    pub(super) fn new(environment: Environment, settings: Settings, watcher: Events) -> Self {
+        Self { environment, settings, record: OnceCell::new(), images: OnceCell::new(), watcher }
     }
 
     fn record(&self) -> Result<&record::Run> {
@@ -77,13 +79,13 @@ impl Run {
 
     /// Puts a scenario on record that did not run: ignored, or not started.
     pub(super) fn record_unstarted(&self, scenario: &Scenario, verdict: &Verdict) -> Result<()> {
-        let markers = markers(scenario);
-        self.record()?.not_run(verdict.outcome, &[(scenario.name, &markers, &verdict.message)])
+        self.record()?.not_run(verdict.outcome, &[(scenario.name, scenario.markers, &verdict.message)])
     }
 
     /// Writes down that a scenario begins, before it does.
     pub(super) fn open(self: &Arc<Self>, scenario: &Scenario) -> Result<Stage> {
-        let evidence = self.record()?.scenario(scenario.name, &markers(scenario))?;
+        let evidence = self.record()?.scenario(scenario.name, scenario.markers)?;
+        evidence.watched_by(self.watcher.clone());
         Ok(Stage {
             run: Arc::clone(self),
             events: evidence.events(),
@@ -104,10 +106,6 @@ impl Run {
 /// Where the files of machines live while these run.
 fn machines() -> Result<PathBuf> {
     Ok(host::cache_dir()?.join("machines"))
-}
-
-fn markers(scenario: &Scenario) -> Vec<String> {
-    scenario.markers.iter().map(ToString::to_string).collect()
 }
 
 impl Stage {
@@ -171,9 +169,9 @@ impl Stage {
         vm.finish(verdict.outcome == Outcome::Passed);
     }
 
-    /// Where the evidence of this execution is.
-    pub(super) fn evidence(&self) -> &Path {
-        self.evidence.directory()
+    /// What this execution leaves behind.
+    pub(super) fn evidence(&self) -> &Evidence {
+        &self.evidence
     }
 
     /// Gives the slot back and writes the outcome down.

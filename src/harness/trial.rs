@@ -11,7 +11,7 @@ use super::stage::{Run, Stage};
 use super::verdict::{Phase, Verdict};
 use crate::deadline::Deadline;
 use crate::process;
-use crate::record::Outcome;
+use crate::record::{Evidence, Outcome};
 use anyhow::Result;
 use std::path::Path;
 use std::sync::Arc;
@@ -25,14 +25,15 @@ const GRACE: Duration = Duration::from_secs(2);
 /// What diagnostics and power-off may take, which bound themselves, before the machine is killed.
 const SETTLING: Duration = Duration::from_secs(180);
 
-/// Runs a scenario to its outcome, and puts it on record.
-pub(super) fn execute(run: &Arc<Run>, scenario: &'static Scenario) -> Verdict {
+/// Runs a scenario to its outcome, and puts it on record. There is evidence unless it could not
+/// even be begun.
+pub(super) fn execute(run: &Arc<Run>, scenario: &'static Scenario) -> (Verdict, Option<Evidence>) {
     if process::interrupted() {
-        return unstarted(run, scenario, Verdict::new(Outcome::Interrupted, "not started"));
+        return (unstarted(run, scenario, Verdict::new(Outcome::Interrupted, "not started")), None);
     }
     let stage = match run.open(scenario) {
         Ok(stage) => Arc::new(stage),
-        Err(error) => return Verdict::of(Phase::Setup, Ok(Err(error))),
+        Err(error) => return (Verdict::of(Phase::Setup, Ok(Err(error))), None),
     };
     let prepared = match &scenario.machine {
         Some(needs) => Verdict::of(Phase::Setup, panics::catch(|| stage.prepare(needs))),
@@ -46,9 +47,10 @@ pub(super) fn execute(run: &Arc<Run>, scenario: &'static Scenario) -> Verdict {
         verdict = verdict.but(error);
     }
     if verdict.outcome != Outcome::Passed {
-        verdict.message = format!("{}\nEvidence: {}", verdict.message, shown(stage.evidence()).display());
+        let directory = shown(stage.evidence().directory());
+        verdict.message = format!("{}\nEvidence: {}", verdict.message, directory.display());
     }
-    verdict
+    (verdict, Some(stage.evidence().clone()))
 }
 
 /// A path as one would type it: relative where it is below the current directory.

@@ -232,7 +232,9 @@ mod tests {
 
     #[test]
     fn the_ledger_is_turned_off_by_any_spelling_of_yes() {
-        for (value, on) in [("1", false), ("True", false), ("YES", false), ("0", true), ("No", true), ("", true)] {
+        for (value, on) in
+            [("1", false), ("True", false), ("YES", false), ("0", true), ("No", true), ("", true)]
+        {
             let environment = read(&[("BOOT_IMAGE_VM_DISABLE_LEDGER", value)]).expect("reads");
             assert_eq!(environment.ledger.is_some(), on, "{value}");
         }

@@ -17,6 +17,7 @@ use sha2::{Digest, Sha256};
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::slice;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -37,6 +38,8 @@ struct State {
     events: File,
     log: File,
     machine_started: Option<Instant>,
+    /// Told after the logs.
+    watcher: Option<Events>,
     /// How many diagnostics got a number.
     numbered: usize,
     /// The first thing that could not be written while events came in.
@@ -61,8 +64,8 @@ struct Identity<'a> {
 #[derive(Serialize)]
 struct Line<'a> {
     time: Utc,
-    /// Since the scenario began.
-    seconds: f64,
+    /// Since the scenario began. Events have a `seconds` of their own.
+    elapsed_seconds: f64,
     #[serde(flatten)]
     event: &'a Event,
 }
@@ -96,6 +99,7 @@ impl Evidence {
             events: create(&directory.join("events.jsonl"))?,
             log: create(&logs.join("harness.log"))?,
             machine_started: None,
+            watcher: None,
             numbered: 0,
             problem: None,
             // Last: where there is a marker, there is all that a sweep needs.
@@ -119,6 +123,11 @@ impl Evidence {
     /// Where to tell what happens.
     pub fn events(&self) -> Events {
         Events::to(self.clone())
+    }
+
+    /// Tells `watcher` too, from now on: who shows progress to a person.
+    pub fn watched_by(&self, watcher: Events) {
+        self.state().watcher = Some(watcher);
     }
 
     /// The metadata as it stands.
@@ -175,10 +184,12 @@ impl Evidence {
         state.metadata.reason = reason.map(str::to_owned);
         let record = Record::of(&state.metadata, Some(&self.0.directory));
         let saved = self.save(&mut state);
-        let recorded = record_outcome(&self.0.directory, self.0.ledger.as_deref(), &record);
-        // On failure the marker's file stays, for a sweep.
-        let recorded = recorded.and_then(|()| marker.clear());
-        recorded.and(saved).and(state.problem.take().map_or(Ok(()), Err))?;
+        // In this order, so that a sweep after a crash in between finds the line that is missing.
+        let kept = files::write_json(&self.0.directory.join("record.json"), &record);
+        let listed =
+            self.0.ledger.as_deref().map_or(Ok(()), |path| ledger::append(path, slice::from_ref(&record)));
+        let cleared = listed.and_then(|()| marker.clear());
+        cleared.and(kept).and(saved).and(state.problem.take().map_or(Ok(()), Err))?;
         Ok(record)
     }
 
@@ -195,11 +206,13 @@ impl Evidence {
     /// Writes to both logs. An observer cannot fail, so the first problem waits for [`Evidence::finish`].
     fn write(&self, state: &mut State, event: &Event) {
         let (time, seconds) = (Utc::now(), millis(self.0.started.elapsed().as_secs_f64()));
-        let result = serde_json::to_vec(&Line { time, seconds, event }).map_err(io::Error::from).and_then(|mut line| {
-            line.push(b'\n');
-            state.events.write_all(&line)?;
-            state.log.write_all(readable(time, seconds, event).as_bytes())
-        });
+        let result = serde_json::to_vec(&Line { time, elapsed_seconds: seconds, event })
+            .map_err(io::Error::from)
+            .and_then(|mut line| {
+                line.push(b'\n');
+                state.events.write_all(&line)?;
+                state.log.write_all(readable(time, seconds, event).as_bytes())
+            });
         if let Err(error) = result {
             let fault = || files::cannot("write the logs in", &self.0.directory);
             state.problem.get_or_insert_with(|| anyhow::Error::new(error).context(fault()));
@@ -211,6 +224,9 @@ impl Observer for Evidence {
     fn observe(&self, event: &Event) {
         let mut state = self.state();
         self.write(&mut state, event);
+        if let Some(watcher) = &state.watcher {
+            watcher.emit(event.clone());
+        }
         let booted = state.machine_started.map(|start| millis(start.elapsed().as_secs_f64()));
         let State { metadata, machine_started, .. } = &mut *state;
         let timings = &mut metadata.timings;
@@ -241,13 +257,6 @@ pub(super) fn conclude(metadata: &mut Metadata, end: Utc, total_seconds: f64) {
     metadata.session_ceiling_exceeded = Some(total_seconds >= SESSION_CEILING_SECONDS);
 }
 
-/// Writes `record.json`, then the ledger line: a crash in between is seen by the next sweep.
-pub(super) fn record_outcome(directory: &Path, ledger: Option<&Path>, record: &Record) -> Result<()> {
-    let kept = files::write_json(&directory.join("record.json"), record);
-    let listed = ledger.map_or(Ok(()), |path| ledger::append(path, std::slice::from_ref(record)));
-    listed.and(kept)
-}
-
 fn register(state: &mut State, label: &str, path: &Path) {
     if let Some(diagnostics) = &mut state.metadata.diagnostics
         && !diagnostics.artifacts.iter().any(|artifact| artifact.path == path)
@@ -264,18 +273,14 @@ fn create(path: &Path) -> Result<File> {
 /// may come from a guest, are made visible.
 fn readable(time: Utc, seconds: f64, event: &Event) -> String {
     let mut text = format!("[{time} +{seconds:.3}] ");
-    for (number, line) in event.to_string().lines().enumerate() {
-        if number > 0 {
-            text.push_str("    ");
+    for c in event.to_string().trim_end().chars() {
+        match c {
+            '\n' => text.push_str("\n    "),
+            c if c.is_control() && c != '\t' => text.extend(c.escape_default()),
+            c => text.push(c),
         }
-        for c in line.chars() {
-            match c {
-                c if c.is_control() && c != '\t' => text.extend(c.escape_default()),
-                c => text.push(c),
-            }
-        }
-        text.push('\n');
     }
+    text.push('\n');
     text
 }
 
@@ -299,7 +304,11 @@ fn directory_name(scenario: &str) -> String {
     const LONGEST: usize = 80;
     let plain = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
     let faithful = scenario.split("::").all(|part| {
-        !part.is_empty() && !part.contains("--") && !part.starts_with('-') && !part.ends_with('-') && part.chars().all(plain)
+        !part.is_empty()
+            && !part.contains("--")
+            && !part.starts_with('-')
+            && !part.ends_with('-')
+            && part.chars().all(plain)
     });
     let name = scenario.replace("::", "--");
     if faithful && name.len() <= LONGEST {

@@ -76,11 +76,27 @@ pub(crate) fn try_lock(file: &File) -> io::Result<bool> {
 /// `remove_file`, for which a file that is gone is a success.
 pub(crate) fn remove(path: &Path) -> Result<()> {
     match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error).with_context(|| cannot("remove", path)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).with_context(|| cannot("remove", path))
+        }
         _ => Ok(()),
     }
 }
 
 pub(crate) fn cannot(what: &str, path: &Path) -> Fault {
     Fault::host(format!("cannot {what} {}", path.display()))
+}
+
+/// For tests of locks: asks until there is an answer. A child that another test has just forked
+/// holds this process's locks until its `exec`.
+#[cfg(test)]
+pub(crate) fn eventually<T>(mut ask: impl FnMut() -> Option<T>) -> T {
+    let deadline = Deadline::after(Duration::from_secs(20), "test");
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(!deadline.expired(), "no answer in time");
+        std::thread::yield_now();
+    }
 }

@@ -10,7 +10,8 @@ pub use check::check;
 
 use super::files;
 use super::metadata::{
-    BootKind, Diagnostic, Git, Host, Image, Metadata, Outcome, Qemu, SCHEMA_VERSION, Ssh, Timeouts, Timings, Utc,
+    BootKind, Diagnostic, Git, Host, Image, Metadata, Outcome, Qemu, SCHEMA_VERSION, Ssh, Timeouts, Timings,
+    Utc,
 };
 use crate::fault::Fault;
 use anyhow::{Context, Result, ensure};
@@ -150,14 +151,15 @@ fn write(path: &Path, mut text: Vec<u8>) -> Result<()> {
             text.insert(0, b'\n');
         }
     }
-    let written = match file.write(&text) {
-        Ok(written) => written,
-        Err(error) => return Err(error.into()),
-    };
+    let written = file.write(&text)?;
     if written < text.len() {
         file.set_len(length)?;
     }
-    ensure!(written == text.len(), "only {written} of {} bytes could be written: the disk is full", text.len());
+    ensure!(
+        written == text.len(),
+        "only {written} of {} bytes could be written: the disk is full",
+        text.len()
+    );
     Ok(())
 }
 

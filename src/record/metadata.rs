@@ -286,7 +286,8 @@ impl<'de> Deserialize<'de> for Utc {
     /// Takes RFC 3339 with `Z` or a zero offset only; [`Timestamp`] alone is more lenient.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
-        let strict = text.as_bytes().get(10) == Some(&b'T') && (text.ends_with('Z') || text.ends_with("+00:00"));
+        let strict =
+            text.as_bytes().get(10) == Some(&b'T') && (text.ends_with('Z') || text.ends_with("+00:00"));
         match text.parse::<Timestamp>() {
             Ok(time) if strict => Ok(Self(time)),
             _ => Err(de::Error::custom(format!("{text:?} is not an RFC 3339 time in UTC"))),
@@ -313,9 +314,12 @@ mod tests {
 
     #[test]
     fn times_are_rfc_3339_in_utc_and_nothing_else() {
-        let time: Utc = serde_json::from_str(r#""2025-12-25T23:41:40.123456+00:00""#).expect("the original's form");
+        let time: Utc =
+            serde_json::from_str(r#""2025-12-25T23:41:40.123456+00:00""#).expect("the original's form");
         assert_eq!(time.to_string(), "2025-12-25T23:41:40.123Z");
-        for wrong in ["2025-12-25 23:41:40Z", "2025-12-25T23:41:40", "2025-12-25T23:41:40+02:00", "yesterday", ""] {
+        for wrong in
+            ["2025-12-25 23:41:40Z", "2025-12-25T23:41:40", "2025-12-25T23:41:40+02:00", "yesterday", ""]
+        {
             let error = serde_json::from_value::<Utc>(wrong.into()).expect_err("refused");
             assert!(error.to_string().contains("RFC 3339"), "{wrong}: {error}");
         }

@@ -106,7 +106,7 @@ impl Run {
     ///
     /// # Errors
     /// A host [`Fault`](crate::fault::Fault) when its directory cannot be made.
-    pub fn scenario(&self, name: &str, markers: &[String]) -> Result<Evidence> {
+    pub fn scenario(&self, name: &str, markers: &[&str]) -> Result<Evidence> {
         Evidence::create(self, &self.environment.log_root, self.metadata(name, markers))
     }
 
@@ -115,9 +115,9 @@ impl Run {
     ///
     /// # Errors
     /// A host [`Fault`](crate::fault::Fault) when the ledger cannot be written.
-    pub fn not_run(&self, outcome: Outcome, scenarios: &[(&str, &[String], &str)]) -> Result<()> {
+    pub fn not_run(&self, outcome: Outcome, scenarios: &[(&str, &[&str], &str)]) -> Result<()> {
         let Some(ledger) = self.ledger() else { return Ok(()) };
-        let record = |(name, markers, reason): &(&str, &[String], &str)| {
+        let record = |(name, markers, reason): &(&str, &[&str], &str)| {
             let mut metadata = self.metadata(name, markers);
             metadata.outcome = Some(outcome);
             metadata.reason = Some((*reason).to_owned());
@@ -127,14 +127,14 @@ impl Run {
     }
 
     /// All that is known before a scenario begins.
-    fn metadata(&self, name: &str, markers: &[String]) -> Metadata {
+    fn metadata(&self, name: &str, markers: &[&str]) -> Metadata {
         Metadata {
             schema_version: SCHEMA_VERSION,
             generated_at: Utc::now(),
             run_id: self.file.run_id.clone(),
             scenario: name.to_owned(),
             attempt: 1,
-            markers: markers.to_vec(),
+            markers: markers.iter().map(|marker| (*marker).to_owned()).collect(),
             outcome: None,
             reason: None,
             boot: BootKind::None,
@@ -202,9 +202,9 @@ fn find(log_root: &Path, id: &str) -> Result<Option<PathBuf>> {
 fn point_latest(log_root: &Path, run_id: &str) -> Result<()> {
     let (new, latest) = (log_root.join(".latest-new"), log_root.join("latest"));
     files::remove(&new)?;
-    symlink(run_id, &new)
-        .and_then(|()| fs::rename(&new, &latest))
-        .with_context(|| files::cannot("replace the link", &latest).fix(format!("remove {}", latest.display())))
+    symlink(run_id, &new).and_then(|()| fs::rename(&new, &latest)).with_context(|| {
+        files::cannot("replace the link", &latest).fix(format!("remove {}", latest.display()))
+    })
 }
 
 fn random_id() -> String {

@@ -7,7 +7,7 @@ use super::files;
 use crate::fault::Fault;
 use anyhow::{Context, Result};
 use std::fs::{self, File};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 const LOCK: &str = ".lock";
@@ -37,10 +37,12 @@ impl Scratch {
     /// # Errors
     /// A host [`Fault`] when the directory cannot be made.
     pub fn under(base: &Path) -> Result<Self> {
+        let private = fs::Permissions::from_mode(0o700);
         let make = || -> Result<Self> {
             fs::create_dir_all(base)?;
             loop {
-                let path = tempfile::Builder::new().prefix(&prefix()).tempdir_in(base)?.keep();
+                let mut builder = tempfile::Builder::new();
+                let path = builder.prefix(&prefix()).permissions(private.clone()).tempdir_in(base)?.keep();
                 if let Some(lock) = claim(&path) {
                     return Ok(Self { path, _lock: lock });
                 }
@@ -90,13 +92,23 @@ pub fn sweep_under(base: &Path) -> Result<usize> {
         let ours = entry.file_name().to_string_lossy().starts_with(&prefix())
             // `DirEntry::metadata` does not follow links.
             && entry.metadata().is_ok_and(|data| data.is_dir() && data.uid() == uid());
-        // The lock is held until the directory is gone, so that its maker sees it was taken.
         if ours && let Some(_lock) = claim(&path) {
-            fs::remove_dir_all(&path).with_context(|| files::cannot("remove", &path))?;
-            removed += 1;
+            removed += usize::from(discard(&path).with_context(|| files::cannot("remove", &path))?);
         }
     }
     Ok(removed)
+}
+
+/// Removes a claimed directory; `false` when another sweep was faster.
+fn discard(path: &Path) -> std::io::Result<bool> {
+    use std::io::ErrorKind::{DirectoryNotEmpty, NotFound};
+    // Under another name, where a maker that has not locked it yet cannot come in any more.
+    let dead = path.with_extension("dead");
+    match fs::rename(path, &dead).and_then(|()| fs::remove_dir_all(&dead)) {
+        Ok(()) => Ok(true),
+        Err(error) if matches!(error.kind(), NotFound | DirectoryNotEmpty) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// The lock of a scratch directory, unless somebody else has it or it is gone.
@@ -135,7 +147,7 @@ fn uid() -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::{PermissionsExt, symlink};
+    use std::os::unix::fs::symlink;
 
     fn base() -> tempfile::TempDir {
         tempfile::tempdir().expect("temp dir")
@@ -163,7 +175,7 @@ mod tests {
         fs::rename(&left, &kept).expect("is moved out of the way of drop");
         drop(dead);
         fs::rename(&kept, &left).expect("is moved back");
-        assert_eq!(sweep_under(base.path()).expect("sweeps"), 1);
+        files::eventually(|| (sweep_under(base.path()).expect("sweeps") == 1).then_some(()));
         assert!(living.path().exists() && !left.exists());
         assert_eq!(sweep_under(base.path()).expect("sweeps"), 0);
     }
@@ -224,7 +236,7 @@ mod tests {
                 })
                 .collect();
             while !makers.iter().all(|maker| maker.is_finished()) {
-                let _ = sweep_under(base.path()); // may lose the race against a drop
+                sweep_under(base.path()).expect("a sweep minds nobody");
             }
         });
         assert_eq!(sweep_under(base.path()).expect("sweeps"), 0, "nothing is left");

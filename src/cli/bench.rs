@@ -1,0 +1,213 @@
+//! `shakedown bench`: where every claim about speed is measured.
+
+use super::Verdict;
+use super::terminal;
+use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value, json};
+use shakedown::deadline::Deadline;
+use shakedown::harness::{self, Body, Scenario, Settings};
+use shakedown::host;
+use shakedown::image::Images;
+use shakedown::record::event::Events;
+use shakedown::record::{Environment, Outcome};
+use shakedown::vm::{Boot, Firmware, Medium, Needs, accel};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Measure what this host gives: medians, the number of runs, the accelerator and the load.
+#[derive(clap::Args)]
+pub(super) struct Bench {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// From power-on to the end of the first SSH command
+    Boot {
+        #[command(flatten)]
+        options: Options<3>,
+    },
+    /// Building the `debian` image from an empty cache, and finding it again
+    Image {
+        #[command(flatten)]
+        options: Options<1>,
+    },
+    /// Listing 1,000 scenarios, from the start of the process to its end
+    List {
+        #[command(flatten)]
+        options: Options<20>,
+        /// Only list, in this process
+        #[arg(long, hide = true)]
+        only: bool,
+    },
+}
+
+#[derive(clap::Args)]
+struct Options<const RUNS: u32> {
+    /// How often each figure is measured
+    #[arg(long, default_value_t = RUNS, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+}
+
+/// A figure by its name, with all its samples in seconds.
+type Samples = Vec<(&'static str, Vec<f64>)>;
+
+impl Bench {
+    pub(super) fn run(self) -> Result<Verdict> {
+        let load = load_average();
+        let (name, runs, json, samples) = match self.what {
+            What::Boot { options } => ("boot", options.runs, options.json, boot(options.runs)?),
+            What::Image { options } => ("image", options.runs, options.json, image(options.runs)?),
+            What::List { only: true, .. } => {
+                harness::bench_list(1000, Path::new("/dev/null"))?;
+                return Ok(Verdict::Fine);
+            }
+            What::List { options, .. } => ("list", options.runs, options.json, list(options.runs)?),
+        };
+        let accelerator = accel::detect(&Deadline::after(Duration::from_secs(60), "the probe"))?;
+        let mut result = Map::new();
+        result.insert("bench".into(), name.into());
+        result.insert("schema_version".into(), 1.into());
+        for (figure, seconds) in &samples {
+            result.insert((*figure).into(), round(median(seconds)).into());
+        }
+        result.insert("runs".into(), runs.into());
+        result.insert("samples".into(), samples.iter().map(|(f, s)| ((*f).to_owned(), rounded(s))).collect());
+        result.insert("accelerator".into(), accelerator.kind.to_string().into());
+        result.insert("load_average".into(), json!(load));
+        result.insert("cpus".into(), std::thread::available_parallelism().map_or(1, usize::from).into());
+        result.insert("version".into(), env!("CARGO_PKG_VERSION").into());
+        if json {
+            terminal::print_json(&Value::Object(result))?;
+        } else {
+            for (figure, seconds) in &samples {
+                terminal::print(&format!("{figure:<28} {:>8.3}  (median of {})\n", median(seconds), seconds.len()))?;
+            }
+            terminal::print(&format!("accelerator {}, load average {:.2}\n", accelerator.kind, load[0]))?;
+        }
+        Ok(Verdict::Fine)
+    }
+}
+
+const fn boots(name: &'static str, medium: Medium, firmware: Firmware) -> Scenario {
+    Scenario {
+        name,
+        markers: &["vm"],
+        machine: Some(Needs { boot: Boot::Cold, medium, firmware, ..Needs::DEFAULT }),
+        timeout: None,
+        ignore: None,
+        file: file!(),
+        line: line!(),
+        body: Body::Vm(|_| Ok(())),
+    }
+}
+
+static BOOTS: [Scenario; 3] = [
+    boots("iso_bios_to_ssh_seconds", Medium::Cdrom, Firmware::Bios),
+    boots("iso_uefi_to_ssh_seconds", Medium::Cdrom, Firmware::Uefi),
+    boots("kernel_to_ssh_seconds", Medium::Kernel, Firmware::Bios),
+];
+
+fn boot(runs: u32) -> Result<Samples> {
+    let logs = tempfile::tempdir().context("cannot make a directory for the evidence")?;
+    // Not among the project's runs: medians of scenarios shall not be those of benchmarks.
+    let environment = Environment {
+        log_root: logs.path().to_owned(),
+        ledger: None,
+        ..Environment::read(&std::env::current_dir()?)?
+    };
+    let mut samples: Samples = BOOTS.iter().map(|scenario| (scenario.name, Vec::new())).collect();
+    // In turn, so that a disturbance does not hit one figure alone.
+    for _ in 0..runs {
+        for (scenario, (name, seconds)) in BOOTS.iter().zip(&mut samples) {
+            let run = harness::perform(environment.clone(), Settings::default(), scenario, Events::silent());
+            let measured = run.timings.boot_to_ssh_seconds.filter(|_| run.outcome == Outcome::Passed);
+            let Some(measured) = measured else {
+                let kept = logs.keep();
+                bail!("{name}: {} ({})\nEvidence is below {}", run.message, run.outcome, kept.display());
+            };
+            terminal::say(&format!("{name}: {measured}"));
+            seconds.push(measured);
+        }
+    }
+    Ok(samples)
+}
+
+fn image(runs: u32) -> Result<Samples> {
+    let (mut cold, mut warm) = (Vec::new(), Vec::new());
+    let environment = Environment::read(&std::env::current_dir()?)?;
+    let deadline = Deadline::after(Duration::from_secs(3600), "bench image");
+    for _ in 0..runs {
+        let cache = tempfile::tempdir_in(host::cache_dir()?).context("cannot make an empty cache")?;
+        let get = || -> Result<f64> {
+            let begun = Instant::now();
+            let images = Images::new(cache.path().to_owned(), &environment, &None, &BTreeMap::new())?;
+            images.get(Some("debian"), &deadline, &Events::silent())?;
+            Ok(begun.elapsed().as_secs_f64())
+        };
+        cold.push(get()?);
+        terminal::say(&format!("cold: {:.1}", cold.last().copied().unwrap_or_default()));
+        for _ in 0..10 {
+            warm.push(get()?);
+        }
+    }
+    Ok(vec![("cold_seconds", cold), ("warm_seconds", warm)])
+}
+
+fn list(runs: u32) -> Result<Samples> {
+    let program = std::env::current_exe().context("cannot tell our own path")?;
+    let mut seconds = Vec::new();
+    for _ in 0..runs {
+        let begun = Instant::now();
+        let status = Command::new(&program).args(["bench", "list", "--only"]).stdout(Stdio::null()).status()?;
+        if !status.success() {
+            bail!("listing failed: {status}");
+        }
+        seconds.push(begun.elapsed().as_secs_f64());
+    }
+    Ok(vec![("list_1000_seconds", seconds)])
+}
+
+fn median(seconds: &[f64]) -> f64 {
+    let mut sorted = seconds.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => f64::NAN,
+        n if n % 2 == 1 => sorted[middle],
+        _ => f64::midpoint(sorted[middle - 1], sorted[middle]),
+    }
+}
+
+fn round(seconds: f64) -> f64 {
+    (seconds * 10_000.0).round() / 10_000.0
+}
+
+fn rounded(seconds: &[f64]) -> Value {
+    seconds.iter().map(|s| Value::from(round(*s))).collect()
+}
+
+/// The load over 1, 5 and 15 minutes when the measurement began.
+fn load_average() -> [f64; 3] {
+    let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    let mut numbers = text.split_whitespace().map_while(|word| word.parse().ok());
+    [(); 3].map(|()| numbers.next().unwrap_or(f64::NAN))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_the_middle() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+        assert!(median(&[]).is_nan());
+    }
+}

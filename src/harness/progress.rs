@@ -1,0 +1,29 @@
+//! What a person at the terminal sees while a test binary is busy with something else than tests.
+
+use crate::record::event::{Event, Observer};
+use std::sync::{Mutex, PoisonError};
+
+/// Lines on standard error about images that are built and machines that must wait; everything else
+/// is in the evidence.
+#[derive(Debug, Default)]
+pub(super) struct Lines {
+    last: Mutex<Option<String>>,
+}
+
+impl Observer for Lines {
+    fn observe(&self, event: &Event) {
+        let shown = match event {
+            Event::ImageBuildStarted { .. } | Event::ImageReady { cached: false, .. } => event.to_string(),
+            // Percentages would flood a log; a phase is said once.
+            Event::ImageBuildProgress { phase, .. } => {
+                Event::ImageBuildProgress { phase: phase.clone(), percent: None }.to_string()
+            }
+            _ => return,
+        };
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.as_ref() != Some(&shown) {
+            eprintln!("shakedown: {shown}");
+            *last = Some(shown);
+        }
+    }
+}
