@@ -1,10 +1,38 @@
 //! Something bootable, plus what is known about it.
 //!
-//! Owns recipes, prebuilt images and the content-addressed store. Does not boot anything.
+//! Owns recipes, prebuilt images and the content-addressed store; [`Images`] is the way in. Does
+//! not boot anything.
 
+mod debian;
+pub(crate) mod digest;
+pub mod iso;
+pub mod prebuilt;
+mod settings;
+pub mod store;
+
+use crate::connection::KeyPair;
+use crate::console::LoginProfile;
+use crate::deadline::Deadline;
+use crate::fault::Fault;
+use crate::record::event::{Event, Events};
+use crate::record::{Environment, metadata};
 use crate::vm::Firmware;
+use crate::{host, nearest};
+use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use settings::Source;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+use store::{Entry, Facts, Store};
+use toml::Table;
+
+/// Uses this file in place of the project's default image.
+pub const IMAGE_VARIABLE: &str = "SHAKEDOWN_IMAGE";
+/// The image that every project has unless it gives the name another meaning.
+const BUILTIN: &str = "debian";
+/// Root, its tar, its squashfs, the packages and the ISO, all at once for a moment.
+const BUILD_BYTES: u64 = 1600 << 20;
 
 /// A bootable image that is there, complete and checked.
 #[derive(Clone, Debug)]
@@ -25,9 +53,11 @@ pub struct Image {
     pub firmware: Vec<Firmware>,
     /// How to get a root shell on its serial console.
     /// `None` where there is none: the machine is then handed out as soon as it is powered on.
-    pub login: Option<crate::console::LoginProfile>,
+    pub login: Option<LoginProfile>,
     /// How the SSH key gets in.
     pub key: KeyEntry,
+    /// Keeps it in the store for as long as this value or a clone of it lives.
+    pub guard: Option<store::Guard>,
 }
 
 /// What an image's file is.
@@ -67,30 +97,257 @@ pub enum KeyEntry {
     /// There is no SSH.
     None,
 }
-/// TEMP
-#[allow(missing_docs)]
-pub mod prebuilt { pub fn nocloud_seed(_: &str, _: &std::path::Path, _: &crate::deadline::Deadline) -> anyhow::Result<()> { anyhow::bail!("x") } }
-/// TEMP
-#[allow(missing_docs)]
-pub struct Images;
-#[allow(missing_docs)]
-impl Images {
-    pub fn new(_: PathBuf, _: &crate::record::Environment, _: &Option<String>, _: &std::collections::BTreeMap<String, toml::Table>) -> anyhow::Result<Self> { Ok(Self) }
-    pub fn get(&self, name: Option<&str>, _: &crate::deadline::Deadline, events: &crate::record::event::Events) -> anyhow::Result<Image> {
-        events.emit(crate::record::event::Event::ImageReady { image: "x".into(), seconds: 0.0, cached: true });
-        if name == Some("grub-rescue") {
-            return Ok(Image { name: "grub-rescue".into(), recipe: None, digest: "x".into(), file: "/usr/lib/grub-rescue/grub-rescue-cdrom.iso".into(), format: ImageFormat::Iso, kernel: None, firmware: vec![Firmware::Bios], login: None, key: KeyEntry::None });
+
+impl Image {
+    /// The user whose account the SSH key opens.
+    pub fn ssh_user(&self) -> &str {
+        "root"
+    }
+
+    /// What a run's `metadata.json` says about the image.
+    pub fn metadata(&self) -> metadata::Image {
+        metadata::Image {
+            name: self.name.clone(),
+            recipe: self.recipe.clone(),
+            digest: Some(self.digest.clone()),
         }
-        let d = PathBuf::from("/work/proto-image/out");
-        let id = std::fs::read_to_string(d.join("id"))?;
-        Ok(Image { name: "debian".into(), recipe: Some("debian".into()), digest: "x".into(), file: d.join("image.iso"), format: ImageFormat::Iso,
-         kernel: Some(KernelFiles { kernel: d.join("vmlinuz"), initrd: d.join("initrd"), cmdline: format!("shakedown.image={} console=tty0 console=ttyS0,115200", id.trim()) }),
-         firmware: vec![Firmware::Bios, Firmware::Uefi], login: Some(Default::default()), key: KeyEntry::Smbios })
+    }
+
+    /// What a run's `metadata.json` says about its files, and about the key that opens it.
+    pub fn artifact(&self, key: &KeyPair) -> metadata::Artifact {
+        let store_path = self.guard.is_some().then(|| self.file.parent().map(Path::to_owned)).flatten();
+        metadata::Artifact {
+            iso_path: self.file.clone(),
+            store_path,
+            deriver: None,
+            nar_hash: None,
+            root_key_fingerprint: (self.key != KeyEntry::None).then(|| key.fingerprint()),
+        }
     }
 }
-#[allow(missing_docs)]
-impl Image {
-    pub fn ssh_user(&self) -> &str { "root" }
-    pub fn metadata(&self) -> crate::record::metadata::Image { crate::record::metadata::Image { name: self.name.clone(), recipe: self.recipe.clone(), digest: Some(self.digest.clone()) } }
-    pub fn artifact(&self, key: &crate::connection::KeyPair) -> crate::record::metadata::Artifact { crate::record::metadata::Artifact { iso_path: self.file.clone(), store_path: None, deriver: None, nar_hash: None, root_key_fingerprint: Some(key.fingerprint()) } }
+
+/// The images of a project.
+#[derive(Clone, Debug)]
+pub struct Images {
+    cache: PathBuf,
+    store: Store,
+    project: PathBuf,
+    default: String,
+    /// In place of the default image.
+    prebuilt: Option<PathBuf>,
+    sources: BTreeMap<String, Source>,
+}
+
+impl Images {
+    /// The images that `tables` describe, by name, and the built-in `debian`. `default` is the one
+    /// meant where none is named. Kept below `cache`.
+    ///
+    /// # Errors
+    /// A host [`Fault`] that names what is wrong in the settings, or the store that cannot be made.
+    pub fn new(
+        cache: PathBuf,
+        environment: &Environment,
+        default: &Option<String>,
+        tables: &BTreeMap<String, Table>,
+    ) -> Result<Self> {
+        let mut sources = BTreeMap::from([(BUILTIN.to_owned(), Source::Debian(settings::Debian::default()))]);
+        for (name, table) in tables {
+            sources.insert(name.clone(), Source::read(name, table, &environment.project)?);
+        }
+        let default = default.clone().unwrap_or_else(|| BUILTIN.into());
+        let prebuilt = environment.overrides.get(IMAGE_VARIABLE).filter(|file| !file.is_empty());
+        let images = Self {
+            store: Self::store_in(&cache)?,
+            cache,
+            project: environment.project.clone(),
+            prebuilt: prebuilt.map(|file| environment.project.join(file)),
+            default,
+            sources,
+        };
+        images.source(&images.default)?;
+        Ok(images)
+    }
+
+    /// The store below `cache`, for its upkeep.
+    ///
+    /// # Errors
+    /// When it cannot be made or read.
+    pub fn store_in(cache: &Path) -> Result<Store> {
+        Store::open(cache.join("images"), debian::sweep)
+    }
+
+    /// The names of all images.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.sources.keys().map(String::as_str)
+    }
+
+    /// The image `name`, or the default one: from the store, built now, or from its file.
+    ///
+    /// # Errors
+    /// A host [`Fault`] that says which image, what is wrong and what to do.
+    pub fn get(&self, name: Option<&str>, deadline: &Deadline, events: &Events) -> Result<Image> {
+        if let (None, Some(file)) = (name, &self.prebuilt) {
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            return self.open(&name, file, &Table::new(), deadline, events).map_err(|error| {
+                error.context(Fault::host(format!("{IMAGE_VARIABLE}={} is not usable", file.display())))
+            });
+        }
+        let name = name.unwrap_or(&self.default);
+        match self.source(name)? {
+            Source::Debian(settings) => self.debian(name, settings, deadline, events),
+            Source::File { file, description } => self.open(name, file, description, deadline, events),
+        }
+    }
+
+    fn source(&self, name: &str) -> Result<&Source> {
+        match self.sources.get(name) {
+            Some(source) => Ok(source),
+            None => {
+                let hint = nearest::hint(name, self.names());
+                bail!(
+                    Fault::host(format!("unknown image `{name}`{hint}")).fix(format!(
+                        "describe it in Cargo.toml: [package.metadata.shakedown.images.{name}]"
+                    ))
+                )
+            }
+        }
+    }
+
+    fn open(
+        &self,
+        name: &str,
+        file: &Path,
+        table: &Table,
+        deadline: &Deadline,
+        events: &Events,
+    ) -> Result<Image> {
+        let started = Instant::now();
+        let image = prebuilt::open(name, file, table, &self.project, &self.cache.join("digests"), deadline)?;
+        let seconds = started.elapsed().as_secs_f64();
+        events.emit(Event::ImageReady { image: name.into(), seconds, cached: true });
+        Ok(image)
+    }
+
+    fn debian(
+        &self,
+        name: &str,
+        settings: &settings::Debian,
+        deadline: &Deadline,
+        events: &Events,
+    ) -> Result<Image> {
+        let plan = debian::Plan::new(settings, &self.cache.join("apt"), deadline)?;
+        let entry = self.store.get(&plan.key, name, deadline, events, |dir, log| {
+            let free = host::free_disk(dir)?;
+            if free < BUILD_BYTES {
+                bail!(Fault::host(format!("a build needs {} MiB, and {} has {}", BUILD_BYTES >> 20, dir.display(), free >> 20))
+                    .fix("free some space (`shakedown image prune`), or set SHAKEDOWN_CACHE to a place that has it"));
+            }
+            let built = plan.build(dir, log, deadline, events)?;
+            check_built(&dir.join(ISO))?;
+            Ok(Facts {
+                recipe: "debian",
+                kernel_release: built.kernel_release,
+                cmdline: plan.cmdline(),
+                packages: built.packages,
+            })
+        })?;
+        Ok(from_store(name, entry))
+    }
+}
+
+const ISO: &str = "image.iso";
+const KERNEL: &str = "vmlinuz";
+const INITRD: &str = "initrd";
+
+fn from_store(name: &str, entry: Entry) -> Image {
+    let Entry { dir, manifest, guard } = entry;
+    let digest = manifest.files.get(ISO).map(|file| file.sha256.as_str()).unwrap_or_default();
+    Image {
+        name: name.to_owned(),
+        recipe: Some(manifest.recipe),
+        digest: format!("sha256:{digest}"),
+        file: dir.join(ISO),
+        format: ImageFormat::Iso,
+        kernel: Some(KernelFiles {
+            kernel: dir.join(KERNEL),
+            initrd: dir.join(INITRD),
+            cmdline: manifest.cmdline,
+        }),
+        firmware: vec![Firmware::Bios, Firmware::Uefi],
+        login: Some(LoginProfile::default()),
+        key: KeyEntry::Smbios,
+        guard: Some(guard),
+    }
+}
+
+/// Refuses an ISO of ours that could not boot, before it is published.
+fn check_built(path: &Path) -> Result<()> {
+    let broken = |what: String| Fault::host(format!("the finished image {} {what}", path.display()));
+    let mut iso = iso::Iso::open(path)?;
+    let entries = iso.boot_entries()?;
+    for platform in [iso::Platform::Bios, iso::Platform::Efi] {
+        if !entries.iter().any(|entry| entry.platform == platform) {
+            bail!(broken(format!("has no El Torito entry for {platform:?}")));
+        }
+    }
+    for file in ["live/vmlinuz", "live/initrd", "live/root.squashfs"] {
+        if iso.find(file)?.is_none_or(|extent| extent.bytes == 0) {
+            bail!(broken(format!("has no {file}")));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn images(
+        default: Option<&str>,
+        tables: &str,
+        variables: &[(&str, &str)],
+    ) -> Result<(tempfile::TempDir, Images)> {
+        let project = tempfile::tempdir().expect("temp dir");
+        let variables = variables.iter().map(|(name, value)| (name.into(), value.into()));
+        let environment = Environment::from_vars(variables, project.path()).expect("reads");
+        let tables = toml::from_str(tables).expect("TOML");
+        let images =
+            Images::new(project.path().join("cache"), &environment, &default.map(Into::into), &tables)?;
+        Ok((project, images))
+    }
+
+    fn get(images: &Images, name: Option<&str>) -> Result<Image> {
+        images.get(name, &Deadline::after(Duration::from_secs(60), "test"), &Events::silent())
+    }
+
+    #[test]
+    fn an_unknown_image_has_the_nearest_name() {
+        let (_project, images) = images(None, "vendor.file = 'x.iso'", &[]).expect("right");
+        let text = format!("{:#}", get(&images, Some("vednor")).expect_err("unknown"));
+        assert!(text.contains("did you mean `vendor`?") && text.contains("images.vednor"), "{text}");
+        assert_eq!(images.names().collect::<Vec<_>>(), ["debian", "vendor"]);
+    }
+
+    #[test]
+    fn a_default_that_does_not_exist_is_refused_at_once() {
+        let text = format!("{:#}", images(Some("mine"), "", &[]).expect_err("unknown"));
+        assert!(text.contains("unknown image `mine`"), "{text}");
+    }
+
+    #[test]
+    fn the_variable_replaces_the_default_image_only() {
+        let (project, images) =
+            images(None, "other.file = 'other.img'", &[(IMAGE_VARIABLE, "own.img")]).expect("right");
+        let text = format!("{:#}", get(&images, None).expect_err("is not there"));
+        assert!(text.contains("SHAKEDOWN_IMAGE=") && text.contains("own.img"), "{text}");
+        let mut disk = vec![0; 1024];
+        disk[510..512].copy_from_slice(&[0x55, 0xaa]);
+        for file in ["own.img", "other.img"] {
+            std::fs::write(project.path().join(file), &disk).expect("written");
+        }
+        assert_eq!(get(&images, None).expect("is there now").name, "own.img");
+        let other = get(&images, Some("other")).expect("is there too");
+        assert_eq!((other.name.as_str(), other.format), ("other", ImageFormat::Raw));
+    }
 }

@@ -17,7 +17,7 @@
 pub mod environment;
 pub mod event;
 mod evidence;
-mod files;
+pub(crate) mod files;
 pub mod ledger;
 pub mod metadata;
 pub mod run;

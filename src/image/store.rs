@@ -1,0 +1,560 @@
+//! The content-addressed store: what was built once is there for every process of this user.
+//!
+//! Owns the directory, its locks and its rules. What is built, and how, comes from outside.
+//!
+//! ```text
+//! KEY/            a published entry; never changes
+//!   manifest.json what it is, with the size and digest of each file
+//!   build.log     the whole output of its build
+//!   in-use        locked (shared) by whoever uses it; its time is that of the last use
+//! KEY.lock        locked (exclusive) by whoever builds or removes KEY
+//! KEY.log         the output of the build that runs now, or of the last one that failed
+//! KEY.failed      why the last build failed
+//! tmp-KEY/        a build, or an entry on its way out
+//! ```
+//!
+//! Locks are `flock`s: they end with their process, however it ends. What is in `tmp-KEY` while
+//! nobody holds `KEY.lock` was left by a death, and is swept.
+
+use super::digest;
+use crate::deadline::{Deadline, Stop};
+use crate::fault::Fault;
+use crate::record::event::{Event, Events};
+use crate::record::files::{read_json, remove, write_json};
+use anyhow::{Context, Result, bail};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder, File, TryLockError};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+/// How often a lock that someone else holds is tried.
+const POLL: Duration = Duration::from_millis(50);
+const MANIFEST: &str = "manifest.json";
+const LOG: &str = "build.log";
+const IN_USE: &str = "in-use";
+const SCHEMA: u32 = 1;
+
+/// What an entry is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Of this record's format.
+    pub schema_version: u32,
+    /// The image's name in the settings for which it was built. Others may mean the same image.
+    pub name: String,
+    /// The name of the recipe.
+    pub recipe: String,
+    /// SHA-256 of everything that went in.
+    pub key: String,
+    /// `uname -r` of its kernel.
+    pub kernel_release: String,
+    /// The kernel command line for a boot without boot loader.
+    pub cmdline: String,
+    /// When its build ended.
+    pub built_at: Timestamp,
+    /// How long the build took.
+    pub seconds: f64,
+    /// The version of this crate that built it.
+    pub shakedown_version: String,
+    /// The files, by name.
+    pub files: BTreeMap<String, FileRecord>,
+    /// Versions of the packages inside, as installed.
+    pub packages: BTreeMap<String, String>,
+}
+
+/// What a file must be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Its size.
+    pub bytes: u64,
+    /// Its SHA-256, in hexadecimal.
+    pub sha256: String,
+}
+
+/// What a build tells of its result.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Facts {
+    pub(super) recipe: &'static str,
+    pub(super) kernel_release: String,
+    pub(super) cmdline: String,
+    pub(super) packages: BTreeMap<String, String>,
+}
+
+/// An entry that is complete and stays while this value, or a clone of it, lives.
+#[derive(Clone, Debug)]
+pub(super) struct Entry {
+    pub(super) dir: PathBuf,
+    pub(super) manifest: Manifest,
+    pub(super) guard: Guard,
+}
+
+/// While it lives, the entry is not removed.
+#[derive(Clone, Debug)]
+pub struct Guard(#[allow(dead_code, reason = "held for its lock")] Arc<File>);
+
+/// An entry, as a list shows it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Stored {
+    /// What it is.
+    #[serde(flatten)]
+    pub manifest: Manifest,
+    /// Where it is.
+    pub path: PathBuf,
+    /// The space it takes.
+    pub bytes: u64,
+    /// When it was last used.
+    pub used_at: Timestamp,
+    /// Whether a machine runs on it now.
+    pub in_use: bool,
+}
+
+/// The store in a directory.
+#[derive(Clone, Debug)]
+pub struct Store {
+    dir: PathBuf,
+    /// Clears what a dead build left outside of its own directory.
+    sweep: fn(&Path),
+}
+
+/// Why a build failed, for those who waited for it.
+#[derive(Serialize, Deserialize)]
+struct Failure {
+    at: Timestamp,
+    error: String,
+}
+
+enum Found {
+    Entry(Box<Entry>),
+    Missing,
+    Damaged(String),
+}
+
+impl Store {
+    /// The store in `dir`, which is made if need be; what dead builds left is cleared.
+    ///
+    /// # Errors
+    /// When the directory cannot be made or read.
+    pub(super) fn open(dir: PathBuf, sweep: fn(&Path)) -> Result<Self> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .with_context(|| Fault::host(format!("cannot make the image store {}", dir.display())))?;
+        let store = Self { dir, sweep };
+        store.sweep()?;
+        Ok(store)
+    }
+
+    /// The entry `key`, from the store or built by `build` into the directory it is given, with its
+    /// output in the file it is given. Of several processes that want it, one builds.
+    ///
+    /// # Errors
+    /// What `build` gives; the same for those who waited for it. A host [`Fault`] when the store
+    /// cannot be written, [`Stop`] in the chain when the wait must end.
+    pub(super) fn get(
+        &self,
+        key: &str,
+        name: &str,
+        deadline: &Deadline,
+        events: &Events,
+        build: impl FnOnce(&Path, &Path) -> Result<Facts>,
+    ) -> Result<Entry> {
+        let started = Instant::now();
+        let ready = |entry: Entry, cached| {
+            events.emit(Event::ImageReady {
+                image: name.into(),
+                seconds: started.elapsed().as_secs_f64(),
+                cached,
+            });
+            entry
+        };
+        if let Found::Entry(entry) = self.find(key, false)? {
+            return Ok(ready(*entry, true));
+        }
+        let began = Timestamp::now();
+        let (lock, waited) = self.lock_waiting(key, name, deadline, events)?;
+        match self.find(key, true)? {
+            Found::Entry(entry) => return Ok(ready(*entry, true)),
+            Found::Missing => {}
+            Found::Damaged(why) => {
+                events.note(format!("image `{name}` in the store is damaged ({why}): building it anew"));
+                self.discard(key, &lock)?;
+            }
+        }
+        if waited && let Some(error) = self.failure_since(key, began) {
+            let fault =
+                Fault::host(format!("image `{name}` was built by another process, which failed:\n{error}"));
+            return Err(fault.fix("correct the cause, then start again").into());
+        }
+        let manifest = self.build(key, name, &lock, deadline, events, build)?;
+        match self.find(key, true)? {
+            Found::Entry(entry) => Ok(ready(*entry, false)),
+            Found::Missing => bail!(Fault::host(format!("image {} has vanished", manifest.key))),
+            Found::Damaged(why) => {
+                bail!(Fault::host(format!("image `{name}` is damaged right after its build: {why}")))
+            }
+        }
+    }
+
+    fn build(
+        &self,
+        key: &str,
+        name: &str,
+        lock: &BuildLock,
+        deadline: &Deadline,
+        events: &Events,
+        build: impl FnOnce(&Path, &Path) -> Result<Facts>,
+    ) -> Result<Manifest> {
+        let (log, failed) = (self.path(key, "log"), self.path(key, "failed"));
+        remove(&log)?;
+        remove(&failed)?;
+        let dir = self.temporary(key, lock)?;
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&dir)
+            .with_context(|| Fault::host(format!("cannot make {}", dir.display())))?;
+        events.emit(Event::ImageBuildStarted { image: name.into(), log: log.display().to_string() });
+        let started = Instant::now();
+        let result = build(&dir, &log).and_then(|facts| {
+            let manifest = Manifest {
+                schema_version: SCHEMA,
+                name: name.into(),
+                recipe: facts.recipe.into(),
+                key: key.into(),
+                kernel_release: facts.kernel_release,
+                cmdline: facts.cmdline,
+                built_at: Timestamp::now(),
+                seconds: started.elapsed().as_secs_f64(),
+                shakedown_version: env!("CARGO_PKG_VERSION").into(),
+                files: records(&dir, deadline)?,
+                packages: facts.packages,
+            };
+            self.publish(&dir, &manifest, &log)?;
+            Ok(manifest)
+        });
+        if let Err(error) = &result {
+            // What was cut short by Ctrl-C says nothing about the next attempt.
+            if !error.chain().any(|e| e.downcast_ref() == Some(&Stop::Interrupted)) {
+                let _ = write_json(&failed, &Failure { at: Timestamp::now(), error: format!("{error:#}") });
+            }
+            let _ = self.temporary(key, lock);
+        }
+        result
+    }
+
+    /// Makes the finished directory an entry, in one step that either happened or did not.
+    fn publish(&self, dir: &Path, manifest: &Manifest, log: &Path) -> Result<()> {
+        write_json(&dir.join(MANIFEST), manifest)?;
+        let target = self.dir.join(&manifest.key);
+        let publish = || -> io::Result<()> {
+            File::create(dir.join(IN_USE))?;
+            if log.exists() {
+                fs::rename(log, dir.join(LOG))?;
+            }
+            // After a power cut an entry is whole or absent.
+            for file in fs::read_dir(dir)? {
+                File::open(file?.path())?.sync_all()?;
+            }
+            File::open(dir)?.sync_all()?;
+            fs::rename(dir, &target)?;
+            File::open(&self.dir)?.sync_all()
+        };
+        publish().with_context(|| Fault::host(format!("cannot publish {}", target.display())))
+    }
+
+    /// Looks an entry up and takes it into use. `patient`: we hold its lock, so that nobody can be
+    /// about to remove it, and a lock that is in the way is a glance of [`Self::list`].
+    fn find(&self, key: &str, patient: bool) -> Result<Found> {
+        let dir = self.dir.join(key);
+        let path = dir.join(IN_USE);
+        let cannot = || Fault::host(format!("cannot lock {}", path.display()));
+        let file = match File::options().write(true).open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(if dir.exists() {
+                    Found::Damaged("no in-use file".into())
+                } else {
+                    Found::Missing
+                });
+            }
+            Err(error) => return Err(error).with_context(cannot),
+        };
+        if patient {
+            file.lock_shared().with_context(cannot)?;
+        } else {
+            match file.try_lock_shared() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Ok(Found::Missing),
+                Err(TryLockError::Error(error)) => return Err(error).with_context(cannot),
+            }
+        }
+        if !is_at(&file, &path) {
+            return Ok(Found::Missing);
+        }
+        let manifest = match read_json(&dir.join(MANIFEST)).and_then(|manifest| verify(manifest, key, &dir)) {
+            Ok(manifest) => manifest,
+            Err(error) => return Ok(Found::Damaged(format!("{error:#}"))),
+        };
+        file.set_modified(SystemTime::now()).with_context(cannot)?;
+        Ok(Found::Entry(Box::new(Entry { dir, manifest, guard: Guard(Arc::new(file)) })))
+    }
+
+    fn failure_since(&self, key: &str, began: Timestamp) -> Option<String> {
+        let failure: Failure = read_json(&self.path(key, "failed")).ok()?;
+        (failure.at >= began).then_some(failure.error)
+    }
+
+    /// All entries, last used first. What is damaged is not among them.
+    ///
+    /// # Errors
+    /// When the directory cannot be read.
+    pub fn list(&self) -> Result<Vec<Stored>> {
+        let mut list: Vec<Stored> =
+            self.names()?.iter().filter(|name| is_key(name)).filter_map(|key| self.stored(key)).collect();
+        list.sort_by(|a, b| b.used_at.cmp(&a.used_at).then_with(|| a.manifest.key.cmp(&b.manifest.key)));
+        Ok(list)
+    }
+
+    fn stored(&self, key: &str) -> Option<Stored> {
+        let path = self.dir.join(key);
+        let manifest: Manifest = read_json(&path.join(MANIFEST)).ok()?;
+        let file = File::open(path.join(IN_USE)).ok()?;
+        let used_at = Timestamp::try_from(file.metadata().ok()?.modified().ok()?).ok()?;
+        let bytes = fs::read_dir(&path)
+            .ok()?
+            .filter_map(|file| Some(file.ok()?.metadata().ok()?.blocks() * 512))
+            .sum();
+        let in_use = matches!(file.try_lock(), Err(TryLockError::WouldBlock));
+        Some(Stored { manifest, path, bytes, used_at, in_use })
+    }
+
+    /// Removes one entry, named by its key, the beginning of its key (8 characters or more), or the
+    /// name of the image for which it was built; the name may mean several.
+    ///
+    /// # Errors
+    /// A host [`Fault`] when there is none, or one is in use.
+    pub fn rm(&self, name: &str) -> Result<Vec<Stored>> {
+        let list = self.list()?;
+        let by_key = |entry: &Stored| name.len() >= 8 && entry.manifest.key.starts_with(name);
+        let matching: Vec<_> =
+            list.iter().filter(|e| e.manifest.name == name || by_key(e)).cloned().collect();
+        if matching.is_empty() {
+            let known: Vec<_> = list.iter().map(|entry| entry.manifest.name.as_str()).collect();
+            let hint = crate::nearest::hint(name, known.iter().copied());
+            return Err(Fault::host(format!("no image `{name}` in the store{hint}")).into());
+        }
+        for entry in &matching {
+            if !self.remove(&entry.manifest.key)? {
+                return Err(Fault::host(format!(
+                    "image `{}` ({}) is in use",
+                    entry.manifest.name,
+                    entry.path.display()
+                ))
+                .fix("end the machines that run on it first")
+                .into());
+            }
+        }
+        Ok(matching)
+    }
+
+    /// Removes entries that were not used for `older_than`, then those last used longest ago until
+    /// the store has no more than `max_bytes`; never one in use. Leftovers of failed builds go too.
+    ///
+    /// # Errors
+    /// When the store cannot be changed.
+    pub fn prune(&self, older_than: Option<Duration>, max_bytes: Option<u64>) -> Result<Vec<Stored>> {
+        let mut kept = self.list()?;
+        let mut total: u64 = kept.iter().map(|entry| entry.bytes).sum();
+        let mut removed = Vec::new();
+        while let Some(entry) = kept.pop() {
+            let age = Timestamp::now().duration_since(entry.used_at);
+            let old = older_than.is_some_and(|limit| age.unsigned_abs() >= limit && !age.is_negative());
+            let large = max_bytes.is_some_and(|limit| total > limit);
+            if (old || large) && self.remove(&entry.manifest.key)? {
+                total = total.saturating_sub(entry.bytes);
+                removed.push(entry);
+            }
+        }
+        self.sweep()?;
+        for name in self.names()? {
+            if let Some(key) =
+                name.strip_suffix(".lock").filter(|key| is_key(key) && !self.dir.join(key).exists())
+                && let Some(lock) = self.try_lock(key)?
+            {
+                remove(&self.path(key, "log"))?;
+                remove(&self.path(key, "failed"))?;
+                remove(&lock.path)?;
+            }
+        }
+        Ok(removed)
+    }
+
+    /// False when it is in use or being built.
+    fn remove(&self, key: &str) -> Result<bool> {
+        let Some(lock) = self.try_lock(key)? else { return Ok(false) };
+        let in_use = File::open(self.dir.join(key).join(IN_USE));
+        if let Ok(file) = &in_use
+            && let Err(TryLockError::WouldBlock) = file.try_lock()
+        {
+            return Ok(false);
+        }
+        // Nobody takes it into use meanwhile, as we hold that lock until it is gone.
+        self.discard(key, &lock)?;
+        Ok(true)
+    }
+
+    /// Takes an entry out of sight in one step, then removes it. Who has its files open keeps them.
+    fn discard(&self, key: &str, lock: &BuildLock) -> Result<()> {
+        let temporary = self.temporary(key, lock)?;
+        fs::rename(self.dir.join(key), &temporary)
+            .with_context(|| Fault::host(format!("cannot remove image {key} from the store")))?;
+        self.temporary(key, lock).map(drop)
+    }
+
+    /// The place for work on `key`, empty: it does not exist.
+    fn temporary(&self, key: &str, _lock: &BuildLock) -> Result<PathBuf> {
+        let dir = self.dir.join(format!("tmp-{key}"));
+        if dir.exists() {
+            (self.sweep)(&dir);
+            fs::remove_dir_all(&dir)
+                .with_context(|| Fault::host(format!("cannot remove {}", dir.display())))?;
+        }
+        Ok(dir)
+    }
+
+    fn sweep(&self) -> Result<()> {
+        for name in self.names()? {
+            if let Some(key) = name.strip_prefix("tmp-").filter(|key| is_key(key))
+                && let Some(lock) = self.try_lock(key)?
+            {
+                self.temporary(key, &lock)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn names(&self) -> Result<Vec<String>> {
+        let read = || -> io::Result<Vec<String>> {
+            fs::read_dir(&self.dir)?
+                .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+                .collect()
+        };
+        read().with_context(|| Fault::host(format!("cannot read the image store {}", self.dir.display())))
+    }
+
+    fn path(&self, key: &str, suffix: &str) -> PathBuf {
+        self.dir.join(format!("{key}.{suffix}"))
+    }
+
+    /// The right to change `key`, unless someone has it.
+    fn try_lock(&self, key: &str) -> Result<Option<BuildLock>> {
+        let path = self.path(key, "lock");
+        let cannot = || Fault::host(format!("cannot lock {}", path.display()));
+        loop {
+            let mut options = File::options();
+            let mut file = options
+                .create(true)
+                .truncate(false)
+                .read(true)
+                .write(true)
+                .mode(0o600)
+                .open(&path)
+                .with_context(cannot)?;
+            match file.try_lock() {
+                Ok(()) if is_at(&file, &path) => {
+                    // Whoever waits says whom for.
+                    file.set_len(0)
+                        .and_then(|()| write!(file, "{}", std::process::id()))
+                        .with_context(cannot)?;
+                    return Ok(Some(BuildLock { path, _file: file }));
+                }
+                // Removed by `prune` between our opening and locking it.
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Ok(None),
+                Err(TryLockError::Error(error)) => return Err(error).with_context(cannot),
+            }
+        }
+    }
+
+    /// Waits for that right; says so, and for whom. True when it had to wait.
+    fn lock_waiting(
+        &self,
+        key: &str,
+        name: &str,
+        deadline: &Deadline,
+        events: &Events,
+    ) -> Result<(BuildLock, bool)> {
+        let mut waited = false;
+        loop {
+            if let Some(lock) = self.try_lock(key)? {
+                return Ok((lock, waited));
+            }
+            if !waited {
+                let holder = self.holder(key);
+                events.note(format!("waiting for image `{name}`, which {holder} builds"));
+                waited = true;
+            }
+            deadline.check().with_context(|| {
+                Fault::host(format!("image `{name}` is still being built by {}", self.holder(key)))
+            })?;
+            std::thread::sleep(deadline.slice(POLL));
+        }
+    }
+
+    fn holder(&self, key: &str) -> String {
+        let pid = fs::read_to_string(self.path(key, "lock")).unwrap_or_default();
+        if pid.is_empty() { "another process".into() } else { format!("process {pid}") }
+    }
+}
+
+/// The right to build or remove an entry.
+struct BuildLock {
+    path: PathBuf,
+    _file: File,
+}
+
+/// Whether the open file is still the one at `path`.
+fn is_at(file: &File, path: &Path) -> bool {
+    match (file.metadata(), path.metadata()) {
+        (Ok(open), Ok(there)) => (open.dev(), open.ino()) == (there.dev(), there.ino()),
+        _ => false,
+    }
+}
+
+fn is_key(name: &str) -> bool {
+    name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
+}
+
+fn records(dir: &Path, deadline: &Deadline) -> Result<BTreeMap<String, FileRecord>> {
+    let mut files = BTreeMap::new();
+    let broken = || Fault::host(format!("cannot read {}", dir.display()));
+    for entry in fs::read_dir(dir).with_context(broken)? {
+        let path = entry.with_context(broken)?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let bytes = path.metadata().with_context(broken)?.len();
+        files.insert(name, FileRecord { bytes, sha256: digest::of_file(&path, deadline)? });
+    }
+    Ok(files)
+}
+
+/// Cheap, since it is done at each use: presence and sizes, not digests.
+fn verify(manifest: Manifest, key: &str, dir: &Path) -> Result<Manifest> {
+    if manifest.schema_version != SCHEMA || manifest.key != key {
+        bail!("its manifest is of another image or version");
+    }
+    for (name, record) in &manifest.files {
+        let found = dir.join(name).metadata().with_context(|| format!("no {name}"))?.len();
+        if found != record.bytes {
+            bail!("{name} has {found} bytes instead of {}", record.bytes);
+        }
+    }
+    Ok(manifest)
+}
+
+#[cfg(test)]
+#[path = "store_tests.rs"]
+mod tests;
