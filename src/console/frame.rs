@@ -49,8 +49,10 @@ pub(crate) enum Reply {
     Ready { user_id: u32, missing: String },
     /// It waits for a request.
     Sync,
-    /// A piece of standard input came, whole or not.
-    Put { whole: bool },
+    /// A piece of standard input came.
+    Put,
+    /// All of standard input came, whole or not.
+    Load { whole: bool },
     /// The command ended; checksum and size of standard output and of standard error.
     End { exit: Exit, sums: [(u32, u64); 2] },
 }
@@ -157,8 +159,9 @@ impl Reply {
         Some(match fields[..] {
             ["go"] => Self::Go,
             ["sync"] => Self::Sync,
-            ["put", "ok"] => Self::Put { whole: true },
-            ["put", "bad"] => Self::Put { whole: false },
+            ["put"] => Self::Put,
+            ["load", "ok"] => Self::Load { whole: true },
+            ["load", "bad"] => Self::Load { whole: false },
             ["ready", uid, missing] => {
                 Self::Ready { user_id: uid.parse().ok()?, missing: missing.trim().into() }
             }

@@ -7,8 +7,8 @@
 //!
 //! Limits: output comes at the end (`on_output` is called once per stream). An exit status above 128
 //! counts as a signal if the command line replaced its shell (`exec`) or that shell's EXIT trap.
-//! Without `setsid` in the guest a deadline kills only the command's shell; without GNU `env` a
-//! command begins with INT and QUIT ignored.
+//! Without `setsid` in the guest a deadline kills only the command's shell. Standard output is a file
+//! to the command: one that itself opens `/dev/stdout` with `>` truncates what it printed before.
 
 use super::feed::WaitError;
 use super::frame::{Answer, Reply, cksum, parse};
@@ -33,7 +33,7 @@ const PEER: &str = "ttyS0";
 const LINE: usize = 1000;
 /// Standard input goes in pieces of this many bytes, each acknowledged: the kernel keeps 64 KiB for a
 /// reader that is slow, and drops the rest.
-const CHUNK: usize = 24 << 10;
+const CHUNK: usize = 40 << 10;
 /// How long the guest may be silent before it is asked to say its last frame again.
 const PATIENCE: Duration = Duration::from_secs(1);
 const MOST_PATIENCE: Duration = Duration::from_secs(30);
@@ -139,12 +139,9 @@ impl Shell {
                 return Ok(());
             }
             let attempt = deadline.within(Duration::from_secs(5), "answer of the console's agent");
-            self.id += 1;
-            let request = format!("\x03{} sync {} - -\n", self.nonce, self.id);
-            let mut position = self.line.feed.end();
-            Keyboard::new(&self.line, &attempt).send(&request, false)?;
-            match self.listen(&mut position, &mut Answer::default(), 0, &attempt) {
-                Ok(()) => self.state = State::Ready,
+            Keyboard::new(&self.line, &attempt).send("\x03", false)?;
+            match self.ask("sync", "- -", &attempt) {
+                Ok(_) => self.state = State::Ready,
                 Err(WaitError::Stopped(Stop::Expired { .. })) if !deadline.expired() => {}
                 Err(error) => return Err(error),
             }
@@ -165,9 +162,9 @@ impl Shell {
     }
 
     fn command(&mut self, cmd: &Cmd<'_>, deadline: &Deadline) -> Result<Output, WaitError> {
-        let fresh = if cmd.stdin.is_empty() { "-" } else { "i" };
-        for (index, chunk) in cmd.stdin.chunks(CHUNK).enumerate() {
-            self.put(chunk, if index == 0 { "new" } else { "add" }, deadline)?;
+        let stdin = if cmd.stdin.is_empty() { "-" } else { "i" };
+        if !cmd.stdin.is_empty() {
+            self.put(&cmd.stdin, deadline)?;
         }
         self.id += 1;
         let mut pieces = encode(&cmd.line, LINE);
@@ -176,7 +173,7 @@ impl Shell {
         for piece in pieces {
             let _ = writeln!(request, "{} add {} - {piece}", self.nonce, self.id);
         }
-        let _ = writeln!(request, "{} run {} {fresh} {last}", self.nonce, self.id);
+        let _ = writeln!(request, "{} run {} {stdin} {last}", self.nonce, self.id);
         let mut position = self.line.feed.end();
         Keyboard::new(&self.line, deadline).send(&request, false)?;
         let mut answer = Answer::default();
@@ -198,23 +195,30 @@ impl Shell {
         }
     }
 
-    /// Sends one piece of standard input until it arrived whole.
-    fn put(&mut self, chunk: &[u8], how: &str, deadline: &Deadline) -> Result<(), WaitError> {
-        let text = BASE64.encode(chunk);
-        let lines: Vec<_> = text.as_bytes().chunks(LINE).map(String::from_utf8_lossy).collect();
+    /// Sends standard input until it arrived whole.
+    fn put(&mut self, bytes: &[u8], deadline: &Deadline) -> Result<(), WaitError> {
+        let sum = format!("{} {}", cksum(bytes), bytes.len());
         loop {
-            self.id += 1;
-            let (nonce, id, count) = (&self.nonce, self.id, lines.len());
-            let header = format!("{nonce} put {id} {count} {} {} {how}", cksum(chunk), chunk.len());
-            let mut position = self.line.feed.end();
-            Keyboard::new(&self.line, deadline).enter(&(header + "\n" + &lines.join("\n")))?;
-            let mut answer = Answer::default();
-            self.listen(&mut position, &mut answer, 0, deadline)?;
-            if answer.reply == Some(Reply::Put { whole: true }) {
+            for chunk in bytes.chunks(CHUNK) {
+                let text = BASE64.encode(chunk);
+                let lines: Vec<_> = text.as_bytes().chunks(LINE).map(String::from_utf8_lossy).collect();
+                self.ask("put", &format!("{} -\n{}", lines.len(), lines.join("\n")), deadline)?;
+            }
+            if self.ask("load", &sum, deadline)? == Some(Reply::Load { whole: true }) {
                 return Ok(());
             }
             deadline.check()?;
         }
+    }
+
+    /// Sends one request and waits for its reply.
+    fn ask(&mut self, verb: &str, rest: &str, deadline: &Deadline) -> Result<Option<Reply>, WaitError> {
+        self.id += 1;
+        let mut position = self.line.feed.end();
+        Keyboard::new(&self.line, deadline).enter(&format!("{} {verb} {} {rest}", self.nonce, self.id))?;
+        let mut answer = Answer::default();
+        self.listen(&mut position, &mut answer, 0, deadline)?;
+        Ok(answer.reply)
     }
 
     /// Takes frames until the reply to question `round` is there. When the guest falls silent it is
