@@ -289,7 +289,8 @@ mod tests {
                     for (name, from, to) in gaps {
                         for number in from..=to {
                             let start = format!("@k:1:{name}{number}:");
-                            let line = clean.iter().find(|f| f.starts_with(&start)).expect("asked for what is");
+                            let line =
+                                clean.iter().find(|f| f.starts_with(&start)).expect("asked for what is");
                             answer.accept(parse(line.trim_end().as_bytes(), "k", 1).expect("a frame"));
                         }
                     }

@@ -65,8 +65,7 @@ impl Shell {
         loop {
             attempts += 1;
             let nonce = nonce();
-            let mut shell =
-                Self { line: Arc::clone(line), nonce, id: 0, user_id: None, state: State::Ready };
+            let mut shell = Self { line: Arc::clone(line), nonce, id: 0, user_id: None, state: State::Ready };
             let attempt = deadline.within(Duration::from_secs(20), "start of the console's agent");
             match shell.load(&attempt) {
                 Ok((_, missing)) if !missing.is_empty() => {
@@ -100,7 +99,9 @@ impl Shell {
             self.nonce
         ))?;
         let mut answer = Answer::default();
-        self.line.feed.wait(deadline, &mut position, |text, position| self.take(text, position, &mut answer, 0))?;
+        self.line
+            .feed
+            .wait(deadline, &mut position, |text, position| self.take(text, position, &mut answer, 0))?;
         let code = AGENT.lines().map(str::trim_start).filter(|l| !l.is_empty() && !l.starts_with('#'));
         let typed = code.fold(String::new(), |typed, line| typed + line + "\n") + ".";
         keyboard.enter(&typed)?;
@@ -116,9 +117,10 @@ impl Shell {
     /// See [`super::Console::resume`].
     pub(super) fn resume(line: &Arc<Line>, token: &str, deadline: &Deadline) -> Result<Self> {
         let nonce = token.to_owned();
-        let mut shell =
-            Self { line: Arc::clone(line), nonce, id: 0, user_id: None, state: State::Unsettled };
-        shell.settle(deadline).context(Fault::machine("the console's shell of the frozen machine does not answer"))?;
+        let mut shell = Self { line: Arc::clone(line), nonce, id: 0, user_id: None, state: State::Unsettled };
+        shell
+            .settle(deadline)
+            .context(Fault::machine("the console's shell of the frozen machine does not answer"))?;
         Ok(shell)
     }
 
@@ -235,8 +237,10 @@ impl Shell {
         loop {
             let frames = answer.frames;
             let slice = deadline.within(patience, "patience");
-            let found =
-                self.line.feed.wait(&slice, position, |text, position| self.take(text, position, answer, round));
+            let found = self
+                .line
+                .feed
+                .wait(&slice, position, |text, position| self.take(text, position, answer, round));
             match found {
                 Err(WaitError::Stopped(Stop::Expired { .. })) if !deadline.expired() => {
                     if answer.frames == frames {
@@ -286,8 +290,9 @@ impl Connection for Shell {
         }
         let deadline = cmd.deadline(deadline);
         if self.state == State::Unsettled {
-            self.settle(&deadline)
-                .map_err(|e| Self::transport("the shell does not answer after a command that was stopped", e))?;
+            self.settle(&deadline).map_err(|e| {
+                Self::transport("the shell does not answer after a command that was stopped", e)
+            })?;
         }
         match self.command(&cmd, &deadline) {
             Ok(output) => {
@@ -350,7 +355,7 @@ impl Connection for Shell {
 }
 
 /// Eight hexadecimal digits that no other shell has had.
-fn nonce() -> String {
+pub(super) fn nonce() -> String {
     format!("{:08x}", RandomState::new().build_hasher().finish() as u32)
 }
 
