@@ -134,32 +134,23 @@ impl Shell {
         self.user_id
     }
 
-    /// Makes sure that the agent waits for a request.
-    fn settle(&mut self, deadline: &Deadline) -> Result<(), WaitError> {
-        for _ in 0..3 {
-            if self.state == State::Ready {
-                return Ok(());
-            }
-            let attempt = deadline.within(Duration::from_secs(5), "answer of the console's agent");
+    /// Gets from an unknown state to an agent that waits for a request.
+    fn settle(&mut self, deadline: &Deadline) -> Result<()> {
+        for seconds in [2, 4, 8] {
+            let attempt = deadline.within(Duration::from_secs(seconds), "answer of the console's agent");
             Keyboard::new(&self.line, &attempt).send("\x03", false)?;
             match self.ask("sync", "- -", &attempt) {
-                Ok(_) => self.state = State::Ready,
+                Ok(_) => {
+                    self.state = State::Ready;
+                    return Ok(());
+                }
                 Err(WaitError::Stopped(Stop::Expired { .. })) if !deadline.expired() => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(error.into()),
             }
         }
         // A command may have killed the agent; the login shell is still behind it.
-        let found = match self.state {
-            State::Ready => return Ok(()),
-            _ => Self::start(&self.line, deadline),
-        };
-        match found {
-            Ok(shell) => *self = shell,
-            Err(error) => {
-                self.state = State::Unusable;
-                return Err(error.downcast().unwrap_or(WaitError::Stopped(deadline.expiry())));
-            }
-        }
+        self.state = State::Unusable;
+        *self = Self::start(&self.line, deadline)?;
         Ok(())
     }
 
@@ -266,12 +257,8 @@ impl Shell {
         (answer.reply.is_some() && answer.round >= round).then_some(())
     }
 
-    fn transport(what: impl Into<String>, error: WaitError) -> ConnectionError {
-        ConnectionError::Transport { peer: PEER.into(), what: what.into(), source: Some(Box::new(error)) }
-    }
-
-    fn local(what: String, error: std::io::Error) -> ConnectionError {
-        ConnectionError::Transport { peer: PEER.into(), what, source: Some(Box::new(error)) }
+    fn broken(what: String, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ConnectionError {
+        ConnectionError::Transport { peer: PEER.into(), what, source: Some(error.into()) }
     }
 }
 
@@ -290,8 +277,9 @@ impl Connection for Shell {
         }
         let deadline = cmd.deadline(deadline);
         if self.state == State::Unsettled {
-            self.settle(&deadline).map_err(|e| {
-                Self::transport("the shell does not answer after a command that was stopped", e)
+            self.settle(&deadline).map_err(|error| {
+                let what = "the shell does not answer after a command that was stopped";
+                Self::broken(what.into(), error)
             })?;
         }
         match self.command(&cmd, &deadline) {
@@ -317,7 +305,7 @@ impl Connection for Shell {
             }
             Err(error) => {
                 self.state = State::Unusable;
-                Err(Self::transport(format!("the line was lost during `{}`", cmd.line), error))
+                Err(Self::broken(format!("the line was lost during `{}`", cmd.line), error))
             }
         }
     }
@@ -330,7 +318,7 @@ impl Connection for Shell {
         deadline: &Deadline,
     ) -> Result<(), ConnectionError> {
         let bytes = std::fs::read(local)
-            .map_err(|error| Self::local(format!("cannot read {}", local.display()), error))?;
+            .map_err(|error| Self::broken(format!("cannot read {}", local.display()), error))?;
         // An empty standard input is /dev/null, which will do as well.
         let line = format!(
             "d={}; t=$d.shakedown-$$; [ ! -d \"$d\" ] || {{ echo \"$d is a directory\" >&2; exit 1; }}; \
@@ -350,7 +338,7 @@ impl Connection for Shell {
                 file.persist(local).map_err(|error| error.error)
             })
             .map(drop)
-            .map_err(|error| Self::local(format!("cannot write {}", local.display()), error))
+            .map_err(|error| Self::broken(format!("cannot write {}", local.display()), error))
     }
 }
 
