@@ -10,7 +10,7 @@ sd_id=0 sd_c= sd_need= sd_setsid=
 for sd_b in /run /dev/shm /tmp; do
   sd_d=$(mktemp -d "$sd_b/shakedown.XXXXXX") && break
 done
-trap 'rm -rf "$sd_d"; stty "$sd_t"' EXIT
+trap 'trap "" HUP INT TERM; rm -rf "$sd_d"; stty "$sd_t"' EXIT
 trap 'exit 129' HUP
 trap 'exit 143' TERM
 trap : INT
@@ -103,8 +103,12 @@ sd_main() {
 }
 # A shell's trap waits for its foreground command, and a background command would ignore Ctrl-C. So
 # another process waits for Ctrl-C, on a pipe that says nothing and ends with sd_main.
+sd_kill() {
+  read -r sd_p <"$sd_d/p" && { kill -s KILL -- "-$sd_p" || kill -s KILL "$sd_p"; }
+}
 sd_watch() {
-  trap 'sd_i=1; read -r sd_p <"$sd_d/p" && { kill -s KILL -- "-$sd_p" || kill -s KILL "$sd_p"; }' INT
+  trap 'sd_i=1; sd_kill' INT
+  trap 'sd_kill; exit' HUP TERM
   while :; do
     sd_i=
     read -r sd_l || [ "$sd_i" ] || return

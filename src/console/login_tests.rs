@@ -83,7 +83,7 @@ fn prompts_are_seen_behind_noise_and_nowhere_else() {
 /// how they behave.
 fn machine(settings: &str) -> Guest {
     let script = r#"
-d=$(mktemp -d); trap 'rm -rf "$d"' EXIT
+d=$DIR/bin; mkdir "$d"
 cat >"$d/id" <<'END'
 echo "${fake_uid:-1000}"
 END

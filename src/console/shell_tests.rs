@@ -18,15 +18,12 @@ fn guests() -> Vec<(&'static str, Guest)> {
     let mut guests = vec![
         ("dash", guest("dash -i")),
         ("bash with readline", guest("bash --norc -i")),
-        (
-            "bash as sh",
-            guest("d=$(mktemp -d); ln -s $(command -v bash) $d/sh; PATH=$d:$PATH exec bash --norc -i"),
-        ),
+        ("bash as sh", guest("ln -s $(command -v bash) $DIR/sh; PATH=$DIR:$PATH exec bash --norc -i")),
     ];
     if has("busybox") {
         guests.push((
             "busybox",
-            guest("d=$(mktemp -d); ln -s $(command -v cksum) $d; busybox --install -s $d; PATH=$d exec $d/sh -i"),
+            guest("ln -s $(command -v cksum) $DIR; busybox --install -s $DIR; PATH=$DIR exec $DIR/sh -i"),
         ));
     }
     guests
