@@ -49,8 +49,10 @@ pub(crate) enum Reply {
     Ready { user_id: u32, missing: String },
     /// It waits for a request.
     Sync,
-    /// A piece of standard input came, whole or not.
-    Put { whole: bool },
+    /// A piece of standard input came.
+    Put,
+    /// All of standard input came, whole or not.
+    Load { whole: bool },
     /// The command ended; checksum and size of standard output and of standard error.
     End { exit: Exit, sums: [(u32, u64); 2] },
 }
@@ -157,8 +159,9 @@ impl Reply {
         Some(match fields[..] {
             ["go"] => Self::Go,
             ["sync"] => Self::Sync,
-            ["put", "ok"] => Self::Put { whole: true },
-            ["put", "bad"] => Self::Put { whole: false },
+            ["put"] => Self::Put,
+            ["load", "ok"] => Self::Load { whole: true },
+            ["load", "bad"] => Self::Load { whole: false },
             ["ready", uid, missing] => {
                 Self::Ready { user_id: uid.parse().ok()?, missing: missing.trim().into() }
             }
@@ -276,7 +279,8 @@ mod tests {
                     for (name, from, to) in gaps {
                         for number in from..=to {
                             let start = format!("@k:1:{name}{number}:");
-                            let line = clean.iter().find(|f| f.starts_with(&start)).expect("asked for what is");
+                            let line =
+                                clean.iter().find(|f| f.starts_with(&start)).expect("asked for what is");
                             answer.accept(parse(line.trim_end().as_bytes(), "k", 1).expect("a frame"));
                         }
                     }
