@@ -6,6 +6,7 @@
 mod bench;
 mod demo;
 mod doctor;
+mod image;
 mod ledger;
 mod progress;
 mod table;
@@ -29,6 +30,7 @@ struct Cli {
 enum Command {
     Demo(demo::Demo),
     Doctor(doctor::Doctor),
+    Image(image::Image),
     Ledger(ledger::Ledger),
     Bench(bench::Bench),
 }
@@ -79,6 +81,7 @@ pub(crate) fn main() -> ExitCode {
     let result = process::handle_signals().and_then(|()| match cli.command {
         Command::Demo(demo) => demo.run(),
         Command::Doctor(doctor) => doctor.run(),
+        Command::Image(image) => image.run(),
         Command::Ledger(ledger) => ledger.run(),
         Command::Bench(bench) => bench.run(),
     });

@@ -31,8 +31,14 @@ use std::time::Duration;
 
 /// All files of an image have this time (2023-11-14), so that equal builds give equal files.
 const SOURCE_DATE_EPOCH: u64 = 1_700_000_000;
-/// To be raised when this code changes in a way that changes images.
-const FORMAT: u32 = 1;
+/// The steps of a build are inputs too: a change of them must not find the images of before it.
+const STEPS: [(&str, &str); 5] = [
+    ("debian.rs", include_str!("debian.rs")),
+    ("bootable.rs", include_str!("debian/bootable.rs")),
+    ("bootstrap.rs", include_str!("debian/bootstrap.rs")),
+    ("initramfs.rs", include_str!("debian/initramfs.rs")),
+    ("tree.rs", include_str!("debian/tree.rs")),
+];
 const STALL: Duration = Duration::from_secs(120);
 
 /// A build that is fully determined, but for what a mirror does meanwhile.
@@ -203,9 +209,8 @@ fn key(packages: &[String], cmdline: &str, own: &[OwnFile], versions: &[String])
             hash.update(bytes);
         }
     };
-    part("format", &FORMAT.to_le_bytes());
     part("recipe", b"debian amd64");
-    for (name, text) in files::all() {
+    for (name, text) in STEPS.into_iter().chain(files::all()) {
         part(name, text.as_bytes());
     }
     part("packages", packages.join(" ").as_bytes());
@@ -244,7 +249,9 @@ fn squash(tar: &Path, out: &Path, log: &Path, deadline: &Deadline) -> Result<()>
     let mut command = Command::new("/bin/sh");
     command.args(["-c", r#"tar=$1; shift; exec "$@" <"$tar""#, "sh"]).arg(tar).arg(sqfstar);
     // LZ4 is what an emulated CPU unpacks fastest. The boot loader has the kernel elsewhere.
-    command.args(["-comp", "lz4", "-no-progress", "-quiet"]).arg(out).arg("boot/vmlinuz*");
+    // The tar has no entry for the root directory itself.
+    command.args(["-comp", "lz4", "-root-uid", "0", "-root-gid", "0", "-root-mode", "0755"]);
+    command.args(["-no-xattrs", "-no-progress", "-quiet"]).arg(out).arg("boot/vmlinuz*");
     process::stream(command, log, STALL, deadline, |_| {})
         .context(Fault::host("the root file system cannot be packed"))
 }

@@ -111,9 +111,12 @@ pub(super) fn resolve(
         .with_context(|| Fault::host(format!("cannot write to {}", scratch.display())))?;
     let mut command = apt("apt-get");
     // The host's own package cache is neither used (it has the host's state in it) nor replaced.
+    // Nor are its pins, which a build does not have either.
     for option in [
         "Dir::State::status=/dev/null",
         "Dir::Etc::SourceParts=/dev/null",
+        "Dir::Etc::Preferences=/dev/null",
+        "Dir::Etc::PreferencesParts=/dev/null",
         "Dir::Cache::pkgcache=",
         "Dir::Cache::srcpkgcache=",
     ] {
@@ -157,7 +160,7 @@ pub(super) fn fingerprint() -> String {
 
 fn fingerprint_of(root: &Path) -> String {
     let mut hash = Sha256::new();
-    for dir in ["etc/apt", "etc/apt/sources.list.d", "etc/apt/apt.conf.d", "etc/apt/preferences.d"] {
+    for dir in ["etc/apt", "etc/apt/sources.list.d", "etc/apt/apt.conf.d"] {
         for file in files(&root.join(dir)) {
             hash.update(file.as_os_str().as_encoded_bytes());
             hash.update(std::fs::read(&file).map(Sha256::digest).unwrap_or_default());

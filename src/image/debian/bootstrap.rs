@@ -57,6 +57,9 @@ pub(super) fn bootstrap(
         .arg(if is_root() { "--mode=root" } else { "--mode=unshare" })
         .args(["--verbose", "--variant=apt", "--format=tar", "--aptopt=Acquire::Languages \"none\""])
         .arg(format!("--include={}", root.packages.join(",")));
+    if Path::new(MERGED_USR).is_dir() {
+        command.arg(format!("--hook-dir={MERGED_USR}"));
+    }
     for pattern in files::excludes() {
         command.arg(match pattern.strip_prefix('!') {
             Some(pattern) => format!("--dpkgopt=path-include={pattern}"),
@@ -84,6 +87,8 @@ pub(super) fn bootstrap(
     .map_err(explain)
 }
 
+/// mmdebstrap's own: `/bin` and its like are links, so that no package has to move files later.
+const MERGED_USR: &str = "/usr/share/mmdebstrap/hooks/merged-usr";
 /// Where the host's way to the mirrors lies in the root while packages are fetched.
 const TRANSPORT: &str = "/etc/apt/apt.conf.d/90shakedown-transport";
 
