@@ -1,6 +1,7 @@
 //! The content-addressed store: what was built once is there for every process of this user.
 //!
-//! Owns the directory, its locks and its rules. What is built, and how, comes from outside.
+//! Owns the directory, its locks and its rules. What is built, and how, comes from outside: images
+//! from here, templates of booted machines from `vm`.
 //!
 //! ```text
 //! KEY/            a published entry; never changes
@@ -23,10 +24,12 @@ use crate::record::event::{Event, Events};
 use crate::record::files::{read_json, remove, write_json};
 use anyhow::{Context, Result, bail};
 use jiff::Timestamp;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, Write};
+use std::marker::PhantomData;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -39,21 +42,29 @@ const LOG: &str = "build.log";
 const IN_USE: &str = "in-use";
 const SCHEMA: u32 = 1;
 
+/// What is kept in a store: the part of a manifest that only its kind has.
+pub trait Kind: Clone + Serialize + DeserializeOwned {
+    /// As messages call it: `image`.
+    const NAME: &'static str;
+    /// Whether the content of the files is put on record too. Their sizes always are.
+    const DIGESTS: bool;
+
+    /// A build begins; its output goes to `log`.
+    fn started(name: &str, log: &Path) -> Event;
+
+    /// It is there, after so many seconds.
+    fn ready(name: &str, seconds: f64, cached: bool) -> Event;
+}
+
 /// What an entry is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Manifest {
+pub struct Manifest<K> {
     /// Of this record's format.
     pub schema_version: u32,
-    /// The image's name in the settings for which it was built. Others may mean the same image.
+    /// The name for which it was built. Others may mean the same entry.
     pub name: String,
-    /// The name of the recipe.
-    pub recipe: String,
     /// SHA-256 of everything that went in.
     pub key: String,
-    /// `uname -r` of its kernel.
-    pub kernel_release: String,
-    /// The kernel command line for a boot without boot loader.
-    pub cmdline: String,
     /// When its build ended.
     pub built_at: Timestamp,
     /// How long the build took.
@@ -62,8 +73,9 @@ pub struct Manifest {
     pub shakedown_version: String,
     /// The files, by name.
     pub files: BTreeMap<String, FileRecord>,
-    /// Versions of the packages inside, as installed.
-    pub packages: BTreeMap<String, String>,
+    /// What only this kind of entry has.
+    #[serde(flatten)]
+    pub facts: K,
 }
 
 /// What a file must be.
@@ -71,25 +83,17 @@ pub struct Manifest {
 pub struct FileRecord {
     /// Its size.
     pub bytes: u64,
-    /// Its SHA-256, in hexadecimal.
-    pub sha256: String,
-}
-
-/// What a build tells of its result.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Facts {
-    pub(super) recipe: &'static str,
-    pub(super) kernel_release: String,
-    pub(super) cmdline: String,
-    pub(super) packages: BTreeMap<String, String>,
+    /// Its SHA-256, in hexadecimal, where this kind of entry has digests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
 }
 
 /// An entry that is complete and stays while this value, or a clone of it, lives.
 #[derive(Clone, Debug)]
-pub(super) struct Entry {
-    pub(super) dir: PathBuf,
-    pub(super) manifest: Manifest,
-    pub(super) guard: Guard,
+pub(crate) struct Entry<K> {
+    pub(crate) dir: PathBuf,
+    pub(crate) manifest: Manifest<K>,
+    pub(crate) guard: Guard,
 }
 
 /// While it lives, the entry is not removed.
@@ -98,10 +102,10 @@ pub struct Guard(#[allow(dead_code, reason = "held for its lock")] Arc<File>);
 
 /// An entry, as a list shows it.
 #[derive(Clone, Debug, Serialize)]
-pub struct Stored {
+pub struct Stored<K> {
     /// What it is.
     #[serde(flatten)]
-    pub manifest: Manifest,
+    pub manifest: Manifest<K>,
     /// Where it is.
     pub path: PathBuf,
     /// The space it takes.
@@ -113,11 +117,18 @@ pub struct Stored {
 }
 
 /// The store in a directory.
-#[derive(Clone, Debug)]
-pub struct Store {
+#[derive(Debug)]
+pub struct Store<K> {
     dir: PathBuf,
     /// Clears what a dead build left outside of its own directory.
     sweep: fn(&Path),
+    kind: PhantomData<fn() -> K>,
+}
+
+impl<K> Clone for Store<K> {
+    fn clone(&self) -> Self {
+        Self { dir: self.dir.clone(), sweep: self.sweep, kind: PhantomData }
+    }
 }
 
 /// Why a build failed, for those who waited for it.
@@ -127,24 +138,24 @@ struct Failure {
     error: String,
 }
 
-enum Found {
-    Entry(Box<Entry>),
+enum Found<K> {
+    Entry(Box<Entry<K>>),
     Missing,
     Damaged(String),
 }
 
-impl Store {
+impl<K: Kind> Store<K> {
     /// The store in `dir`, which is made if need be; what dead builds left is cleared.
     ///
     /// # Errors
     /// When the directory cannot be made or read.
-    pub(super) fn open(dir: PathBuf, sweep: fn(&Path)) -> Result<Self> {
+    pub(crate) fn open(dir: PathBuf, sweep: fn(&Path)) -> Result<Self> {
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&dir)
-            .with_context(|| Fault::host(format!("cannot make the image store {}", dir.display())))?;
-        let store = Self { dir, sweep };
+            .with_context(|| Fault::host(format!("cannot make the {} store {}", K::NAME, dir.display())))?;
+        let store = Self { dir, sweep, kind: PhantomData };
         store.sweep()?;
         Ok(store)
     }
@@ -155,21 +166,17 @@ impl Store {
     /// # Errors
     /// What `build` gives; the same for those who waited for it. A host [`Fault`] when the store
     /// cannot be written, [`Stop`] in the chain when the wait must end.
-    pub(super) fn get(
+    pub(crate) fn get(
         &self,
         key: &str,
         name: &str,
         deadline: &Deadline,
         events: &Events,
-        build: impl FnOnce(&Path, &Path) -> Result<Facts>,
-    ) -> Result<Entry> {
+        build: impl FnOnce(&Path, &Path) -> Result<K>,
+    ) -> Result<Entry<K>> {
         let started = Instant::now();
-        let ready = |entry: Entry, cached| {
-            events.emit(Event::ImageReady {
-                image: name.into(),
-                seconds: started.elapsed().as_secs_f64(),
-                cached,
-            });
+        let ready = |entry: Entry<K>, cached| {
+            events.emit(K::ready(name, started.elapsed().as_secs_f64(), cached));
             entry
         };
         if let Found::Entry(entry) = self.find(key, false)? {
@@ -181,21 +188,21 @@ impl Store {
             Found::Entry(entry) => return Ok(ready(*entry, true)),
             Found::Missing => {}
             Found::Damaged(why) => {
-                events.note(format!("image `{name}` in the store is damaged ({why}): building it anew"));
+                events.note(format!("{} `{name}` in the store is damaged ({why}): building it anew", K::NAME));
                 self.discard(key, &lock)?;
             }
         }
         if waited && let Some(error) = self.failure_since(key, began) {
             let fault =
-                Fault::host(format!("image `{name}` was built by another process, which failed:\n{error}"));
+                Fault::host(format!("{} `{name}` was built by another process, which failed:\n{error}", K::NAME));
             return Err(fault.fix("correct the cause, then start again").into());
         }
         let manifest = self.build(key, name, &lock, deadline, events, build)?;
         match self.find(key, true)? {
             Found::Entry(entry) => Ok(ready(*entry, false)),
-            Found::Missing => bail!(Fault::host(format!("image {} has vanished", manifest.key))),
+            Found::Missing => bail!(Fault::host(format!("{} {} has vanished", K::NAME, manifest.key))),
             Found::Damaged(why) => {
-                bail!(Fault::host(format!("image `{name}` is damaged right after its build: {why}")))
+                bail!(Fault::host(format!("{} `{name}` is damaged right after its build: {why}", K::NAME)))
             }
         }
     }
@@ -207,8 +214,8 @@ impl Store {
         lock: &BuildLock,
         deadline: &Deadline,
         events: &Events,
-        build: impl FnOnce(&Path, &Path) -> Result<Facts>,
-    ) -> Result<Manifest> {
+        build: impl FnOnce(&Path, &Path) -> Result<K>,
+    ) -> Result<Manifest<K>> {
         let (log, failed) = (self.path(key, "log"), self.path(key, "failed"));
         remove(&log)?;
         remove(&failed)?;
@@ -217,21 +224,18 @@ impl Store {
             .mode(0o700)
             .create(&dir)
             .with_context(|| Fault::host(format!("cannot make {}", dir.display())))?;
-        events.emit(Event::ImageBuildStarted { image: name.into(), log: log.display().to_string() });
+        events.emit(K::started(name, &log));
         let started = Instant::now();
         let result = build(&dir, &log).and_then(|facts| {
             let manifest = Manifest {
                 schema_version: SCHEMA,
                 name: name.into(),
-                recipe: facts.recipe.into(),
                 key: key.into(),
-                kernel_release: facts.kernel_release,
-                cmdline: facts.cmdline,
                 built_at: Timestamp::now(),
                 seconds: started.elapsed().as_secs_f64(),
                 shakedown_version: env!("CARGO_PKG_VERSION").into(),
-                files: records(&dir, deadline)?,
-                packages: facts.packages,
+                files: records(&dir, K::DIGESTS, deadline)?,
+                facts,
             };
             self.publish(&dir, &manifest, &log)?;
             Ok(manifest)
@@ -247,7 +251,7 @@ impl Store {
     }
 
     /// Makes the finished directory an entry, in one step that either happened or did not.
-    fn publish(&self, dir: &Path, manifest: &Manifest, log: &Path) -> Result<()> {
+    fn publish(&self, dir: &Path, manifest: &Manifest<K>, log: &Path) -> Result<()> {
         write_json(&dir.join(MANIFEST), manifest)?;
         let target = self.dir.join(&manifest.key);
         let publish = || -> io::Result<()> {
@@ -268,7 +272,7 @@ impl Store {
 
     /// Looks an entry up and takes it into use. `patient`: we hold its lock, so that nobody can be
     /// about to remove it, and a lock that is in the way is a glance of [`Self::list`].
-    fn find(&self, key: &str, patient: bool) -> Result<Found> {
+    fn find(&self, key: &str, patient: bool) -> Result<Found<K>> {
         let dir = self.dir.join(key);
         let path = dir.join(IN_USE);
         let cannot = || Fault::host(format!("cannot lock {}", path.display()));
@@ -312,16 +316,16 @@ impl Store {
     ///
     /// # Errors
     /// When the directory cannot be read.
-    pub fn list(&self) -> Result<Vec<Stored>> {
-        let mut list: Vec<Stored> =
+    pub fn list(&self) -> Result<Vec<Stored<K>>> {
+        let mut list: Vec<Stored<K>> =
             self.names()?.iter().filter(|name| is_key(name)).filter_map(|key| self.stored(key)).collect();
         list.sort_by(|a, b| b.used_at.cmp(&a.used_at).then_with(|| a.manifest.key.cmp(&b.manifest.key)));
         Ok(list)
     }
 
-    fn stored(&self, key: &str) -> Option<Stored> {
+    fn stored(&self, key: &str) -> Option<Stored<K>> {
         let path = self.dir.join(key);
-        let manifest: Manifest = read_json(&path.join(MANIFEST)).ok()?;
+        let manifest: Manifest<K> = read_json(&path.join(MANIFEST)).ok()?;
         let file = File::open(path.join(IN_USE)).ok()?;
         let used_at = Timestamp::try_from(file.metadata().ok()?.modified().ok()?).ok()?;
         let bytes = fs::read_dir(&path)
@@ -337,20 +341,21 @@ impl Store {
     ///
     /// # Errors
     /// A host [`Fault`] when there is none, or one is in use.
-    pub fn rm(&self, name: &str) -> Result<Vec<Stored>> {
+    pub fn rm(&self, name: &str) -> Result<Vec<Stored<K>>> {
         let list = self.list()?;
-        let by_key = |entry: &Stored| name.len() >= 8 && entry.manifest.key.starts_with(name);
+        let by_key = |entry: &Stored<K>| name.len() >= 8 && entry.manifest.key.starts_with(name);
         let matching: Vec<_> =
             list.iter().filter(|e| e.manifest.name == name || by_key(e)).cloned().collect();
         if matching.is_empty() {
             let known: Vec<_> = list.iter().map(|entry| entry.manifest.name.as_str()).collect();
             let hint = crate::nearest::hint(name, known.iter().copied());
-            return Err(Fault::host(format!("no image `{name}` in the store{hint}")).into());
+            return Err(Fault::host(format!("no {} `{name}` in the store{hint}", K::NAME)).into());
         }
         for entry in &matching {
             if !self.remove(&entry.manifest.key)? {
                 return Err(Fault::host(format!(
-                    "image `{}` ({}) is in use",
+                    "{} `{}` ({}) is in use",
+                    K::NAME,
                     entry.manifest.name,
                     entry.path.display()
                 ))
@@ -366,7 +371,7 @@ impl Store {
     ///
     /// # Errors
     /// When the store cannot be changed.
-    pub fn prune(&self, older_than: Option<Duration>, max_bytes: Option<u64>) -> Result<Vec<Stored>> {
+    pub fn prune(&self, older_than: Option<Duration>, max_bytes: Option<u64>) -> Result<Vec<Stored<K>>> {
         let mut kept = self.list()?;
         let mut total: u64 = kept.iter().map(|entry| entry.bytes).sum();
         let mut removed = Vec::new();
@@ -411,7 +416,7 @@ impl Store {
     fn discard(&self, key: &str, lock: &BuildLock) -> Result<()> {
         let temporary = self.temporary(key, lock)?;
         fs::rename(self.dir.join(key), &temporary)
-            .with_context(|| Fault::host(format!("cannot remove image {key} from the store")))?;
+            .with_context(|| Fault::host(format!("cannot remove {} {key} from the store", K::NAME)))?;
         self.temporary(key, lock).map(drop)
     }
 
@@ -443,7 +448,7 @@ impl Store {
                 .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
                 .collect()
         };
-        read().with_context(|| Fault::host(format!("cannot read the image store {}", self.dir.display())))
+        read().with_context(|| Fault::host(format!("cannot read the {} store {}", K::NAME, self.dir.display())))
     }
 
     fn path(&self, key: &str, suffix: &str) -> PathBuf {
@@ -495,11 +500,11 @@ impl Store {
             }
             if !waited {
                 let holder = self.holder(key);
-                events.note(format!("waiting for image `{name}`, which {holder} builds"));
+                events.note(format!("waiting for {} `{name}`, which {holder} builds", K::NAME));
                 waited = true;
             }
             deadline.check().with_context(|| {
-                Fault::host(format!("image `{name}` is still being built by {}", self.holder(key)))
+                Fault::host(format!("{} `{name}` is still being built by {}", K::NAME, self.holder(key)))
             })?;
             std::thread::sleep(deadline.slice(POLL));
         }
@@ -529,22 +534,23 @@ fn is_key(name: &str) -> bool {
     name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-fn records(dir: &Path, deadline: &Deadline) -> Result<BTreeMap<String, FileRecord>> {
+fn records(dir: &Path, digests: bool, deadline: &Deadline) -> Result<BTreeMap<String, FileRecord>> {
     let mut files = BTreeMap::new();
     let broken = || Fault::host(format!("cannot read {}", dir.display()));
     for entry in fs::read_dir(dir).with_context(broken)? {
         let path = entry.with_context(broken)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let bytes = path.metadata().with_context(broken)?.len();
-        files.insert(name, FileRecord { bytes, sha256: digest::of_file(&path, deadline)? });
+        let sha256 = digests.then(|| digest::of_file(&path, deadline)).transpose()?;
+        files.insert(name, FileRecord { bytes, sha256 });
     }
     Ok(files)
 }
 
 /// Cheap, since it is done at each use: presence and sizes, not digests.
-fn verify(manifest: Manifest, key: &str, dir: &Path) -> Result<Manifest> {
+fn verify<K>(manifest: Manifest<K>, key: &str, dir: &Path) -> Result<Manifest<K>> {
     if manifest.schema_version != SCHEMA || manifest.key != key {
-        bail!("its manifest is of another image or version");
+        bail!("its manifest is of another one or of another version");
     }
     for (name, record) in &manifest.files {
         let found = dir.join(name).metadata().with_context(|| format!("no {name}"))?.len();
