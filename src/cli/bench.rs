@@ -87,7 +87,11 @@ impl Bench {
             terminal::print_json(&Value::Object(result))?;
         } else {
             for (figure, seconds) in &samples {
-                terminal::print(&format!("{figure:<28} {:>8.3}  (median of {})\n", median(seconds), seconds.len()))?;
+                terminal::print(&format!(
+                    "{figure:<28} {:>8.3}  (median of {})\n",
+                    median(seconds),
+                    seconds.len()
+                ))?;
             }
             terminal::print(&format!("accelerator {}, load average {:.2}\n", accelerator.kind, load[0]))?;
         }
@@ -165,7 +169,8 @@ fn list(runs: u32) -> Result<Samples> {
     let mut seconds = Vec::new();
     for _ in 0..runs {
         let begun = Instant::now();
-        let status = Command::new(&program).args(["bench", "list", "--only"]).stdout(Stdio::null()).status()?;
+        let status =
+            Command::new(&program).args(["bench", "list", "--only"]).stdout(Stdio::null()).status()?;
         if !status.success() {
             bail!("listing failed: {status}");
         }

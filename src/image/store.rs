@@ -188,13 +188,16 @@ impl<K: Kind> Store<K> {
             Found::Entry(entry) => return Ok(ready(*entry, true)),
             Found::Missing => {}
             Found::Damaged(why) => {
-                events.note(format!("{} `{name}` in the store is damaged ({why}): building it anew", K::NAME));
+                events
+                    .note(format!("{} `{name}` in the store is damaged ({why}): building it anew", K::NAME));
                 self.discard(key, &lock)?;
             }
         }
         if waited && let Some(error) = self.failure_since(key, began) {
-            let fault =
-                Fault::host(format!("{} `{name}` was built by another process, which failed:\n{error}", K::NAME));
+            let fault = Fault::host(format!(
+                "{} `{name}` was built by another process, which failed:\n{error}",
+                K::NAME
+            ));
             return Err(fault.fix("correct the cause, then start again").into());
         }
         let manifest = self.build(key, name, &lock, deadline, events, build)?;
@@ -448,7 +451,8 @@ impl<K: Kind> Store<K> {
                 .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
                 .collect()
         };
-        read().with_context(|| Fault::host(format!("cannot read the {} store {}", K::NAME, self.dir.display())))
+        read()
+            .with_context(|| Fault::host(format!("cannot read the {} store {}", K::NAME, self.dir.display())))
     }
 
     fn path(&self, key: &str, suffix: &str) -> PathBuf {

@@ -71,7 +71,12 @@ struct Line<'a> {
 }
 
 impl Evidence {
-    pub(super) fn create(run: &Run, log_root: &Path, mut metadata: Metadata, ledger: Option<&Path>) -> Result<Self> {
+    pub(super) fn create(
+        run: &Run,
+        log_root: &Path,
+        mut metadata: Metadata,
+        ledger: Option<&Path>,
+    ) -> Result<Self> {
         let started = Instant::now();
         let now = Utc::now();
         let (directory, attempt) = make_directory(run.directory(), &metadata.scenario)?;
@@ -223,7 +228,10 @@ impl Evidence {
 impl Observer for Evidence {
     fn observe(&self, event: &Event) {
         let mut state = self.state();
-        self.write(&mut state, event);
+        // Percentages are for who watches; the logs have the phases.
+        if !matches!(event, Event::ImageBuildProgress { percent: Some(_), .. }) {
+            self.write(&mut state, event);
+        }
         if let Some(watcher) = &state.watcher {
             watcher.emit(event.clone());
         }

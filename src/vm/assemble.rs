@@ -156,9 +156,12 @@ impl Plan {
 
     fn firmware(&mut self, needs: &Needs, image: &Image, dir: &Path) -> Result<()> {
         if !image.firmware.contains(&needs.firmware) {
-            return Err(Fault::host(format!("image `{}` does not boot under {}", image.name, needs.firmware))
-                .fix("change the scenario's `firmware`, or `firmware` in the image's settings")
-                .into());
+            return Err(Fault::host(format!(
+                "image `{}` does not boot under {}",
+                image.name, needs.firmware
+            ))
+            .fix("change the scenario's `firmware`, or `firmware` in the image's settings")
+            .into());
         }
         if needs.firmware == Firmware::Uefi {
             let firmware::Ovmf { code, vars: template } = firmware::require()?;
@@ -239,7 +242,8 @@ impl Plan {
 
 /// A sparse file to which nothing was ever written: a new one is the same, and cheaper than an overlay.
 fn is_untouched(file: &Path) -> Result<bool> {
-    let blocks = file.metadata().with_context(|| Fault::host(format!("cannot look at {}", file.display())))?;
+    let blocks =
+        file.metadata().with_context(|| Fault::host(format!("cannot look at {}", file.display())))?;
     Ok(blocks.blocks() == 0)
 }
 

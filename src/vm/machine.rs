@@ -277,7 +277,8 @@ impl Vm {
         });
         match result {
             Ok(ssh) => {
-                let reached = Some(metadata::Ssh { host: addr.ip().to_string(), port: addr.port(), executable: None });
+                let reached =
+                    Some(metadata::Ssh { host: addr.ip().to_string(), port: addr.port(), executable: None });
                 self.evidence.update(|metadata| metadata.ssh = reached)?;
                 self.evidence.events().emit(Event::SshReady);
                 self.ssh = Some(ssh);
@@ -394,7 +395,8 @@ impl Vm {
     /// # Errors
     /// A machine [`Fault`] when the pattern does not come in time or the machine ends.
     pub fn wait_for_console(&mut self, pattern: &str, timeout: Duration) -> Result<String> {
-        let regex = Regex::new(pattern).context(Fault::host(format!("`{pattern}` is not a regular expression")))?;
+        let regex =
+            Regex::new(pattern).context(Fault::host(format!("`{pattern}` is not a regular expression")))?;
         let deadline = self.deadline.within(timeout, "the wait for a line on the console");
         let found = self.console.wait_for(&regex, &deadline);
         found.map_err(|error| self.explain(error, &format!("`{pattern}` did not come on the serial console")))
@@ -481,8 +483,8 @@ impl Vm {
     /// # Errors
     /// A machine [`Fault`] when the pattern does not come in time or the machine ends.
     pub fn wait_for_screen(&mut self, pattern: &str, timeout: Duration) -> Result<String> {
-        let regex =
-            Regex::new(pattern).with_context(|| Fault::host(format!("`{pattern}` is not a regular expression")))?;
+        let regex = Regex::new(pattern)
+            .with_context(|| Fault::host(format!("`{pattern}` is not a regular expression")))?;
         let deadline = self.deadline.within(timeout, "the wait for a text on the screen");
         loop {
             let screen = screen::text(&mut self.qmp, self.workspace.path(), &deadline)
@@ -492,8 +494,9 @@ impl Vm {
             }
             if let Err(stop) = deadline.check() {
                 let shown = indent(&screen);
-                return Err(anyhow::Error::new(stop)
-                    .context(Fault::machine(format!("`{pattern}` did not come on the screen, which shows:\n{shown}"))));
+                return Err(anyhow::Error::new(stop).context(Fault::machine(format!(
+                    "`{pattern}` did not come on the screen, which shows:\n{shown}"
+                ))));
             }
             // The screen gives no sign of change; a look costs QEMU half a millisecond.
             std::thread::sleep(deadline.slice(Duration::from_millis(50)));
@@ -564,7 +567,11 @@ impl Vm {
 
     /// The channel for questions about the machine's state: SSH where it is there, else the agent,
     /// else the console.
-    pub(super) fn ask(&mut self, cmd: Cmd<'_>, deadline: &Deadline) -> Option<Result<Output, ConnectionError>> {
+    pub(super) fn ask(
+        &mut self,
+        cmd: Cmd<'_>,
+        deadline: &Deadline,
+    ) -> Option<Result<Output, ConnectionError>> {
         if let Some(ssh) = &mut self.ssh {
             return Some(ssh.run(cmd, deadline));
         }
@@ -629,7 +636,9 @@ fn note_prompt(
     loop {
         // Asked before the look, so that one look follows the connection.
         let last = connected.load(Ordering::SeqCst);
-        match console.wait_for(prompt, &deadline.within(Duration::from_millis(100), "one look at the console")) {
+        match console
+            .wait_for(prompt, &deadline.within(Duration::from_millis(100), "one look at the console"))
+        {
             Ok(_) => return evidence.events().emit(Event::LoginSeen),
             Err(WaitError::Stopped(Stop::Expired { .. })) if !last && !deadline.expired() => {}
             Err(_) => return,

@@ -12,5 +12,5 @@ pub mod spec;
 pub mod template;
 
 pub use machine::{Launch, Vm};
-pub use template::Template;
 pub use needs::{Boot, Bus, DiskNeed, Firmware, Medium, Needs};
+pub use template::Template;

@@ -120,7 +120,10 @@ impl MachineSpec {
             Memory::Private(file) => Some((file, "off")),
         } {
             let (size, file) = (self.memory_mib, comma(file));
-            a.opt("-object", format!("memory-backend-file,id=ram,size={size}M,share={share},mem-path={file}"));
+            a.opt(
+                "-object",
+                format!("memory-backend-file,id=ram,size={size}M,share={share},mem-path={file}"),
+            );
         }
         if self.incoming {
             a.opt("-incoming", "defer");
@@ -329,7 +332,9 @@ mod tests {
         spec.credentials = vec![("ssh.authorized_keys.root".into(), b"ssh-ed25519 AAAA".to_vec())];
         let line = line(&spec);
         assert!(
-            line.contains("type=11,value=io.systemd.credential.binary:ssh.authorized_keys.root=c3NoLWVkMjU1MTkgQUFBQQ=="),
+            line.contains(
+                "type=11,value=io.systemd.credential.binary:ssh.authorized_keys.root=c3NoLWVkMjU1MTkgQUFBQQ=="
+            ),
             "{line}"
         );
     }

@@ -13,8 +13,8 @@ use crate::deadline::Deadline;
 use crate::fault::Fault;
 use crate::image::digest;
 use crate::image::store::{Entry, Guard, Kind, Store};
-use crate::record::event::{Event, Events};
 use crate::record::Evidence;
+use crate::record::event::{Event, Events};
 use anyhow::{Context, Result, bail};
 use qapi::qmp;
 use serde::{Deserialize, Serialize};
@@ -100,7 +100,8 @@ impl Template {
     ) -> Result<Self> {
         let key = key(launch)?;
         let name = launch.image.name.as_str();
-        let entry = store.get(&key, name, deadline, events, |dir, log| freeze(launch, dir, log, evidence()?, deadline))?;
+        let entry = store
+            .get(&key, name, deadline, events, |dir, log| freeze(launch, dir, log, evidence()?, deadline))?;
         let Entry { dir, manifest, guard } = entry;
         Ok(Self { dir, frozen: manifest.facts, _guard: guard })
     }
@@ -116,8 +117,11 @@ impl Template {
             share_memory(qmp, deadline)?;
         }
         let state = crate::process::quote(&self.dir.join(STATE).to_string_lossy());
-        let incoming =
-            qmp::migrate_incoming { channels: None, exit_on_error: None, uri: Some(format!("exec:cat {state}")) };
+        let incoming = qmp::migrate_incoming {
+            channels: None,
+            exit_on_error: None,
+            uri: Some(format!("exec:cat {state}")),
+        };
         qmp.execute(&incoming, deadline)?;
         loop {
             match qmp.execute(&qmp::query_status {}, deadline)?.status {
@@ -157,9 +161,16 @@ fn processor() -> String {
     first.lines().filter(tells).collect::<Vec<_>>().join("\n")
 }
 
-fn freeze(launch: &Launch<'_>, dir: &Path, log: &Path, evidence: Evidence, deadline: &Deadline) -> Result<Frozen> {
+fn freeze(
+    launch: &Launch<'_>,
+    dir: &Path,
+    log: &Path,
+    evidence: Evidence,
+    deadline: &Deadline,
+) -> Result<Frozen> {
     let where_to = evidence.directory().display().to_string();
-    std::fs::write(log, format!("{where_to}\n")).with_context(|| Fault::host(format!("cannot write {}", log.display())))?;
+    std::fs::write(log, format!("{where_to}\n"))
+        .with_context(|| Fault::host(format!("cannot write {}", log.display())))?;
     let launch = Launch { evidence: evidence.clone(), ..launch.clone() };
     let result = boot_and_freeze(launch, dir, deadline);
     let (outcome, reason) = match &result {
