@@ -173,18 +173,18 @@ impl Stage {
         Template::get(&store, &self.launch(prepared, needs), evidence, &deadline, &self.events)
     }
 
-    fn launch<'a>(&'a self, prepared: &'a Prepared, needs: &'a Needs) -> Launch<'a> {
+    fn launch(&self, prepared: &Prepared, needs: &Needs) -> Launch {
         let environment = &self.run.environment;
         Launch {
-            name: "shakedown",
-            needs,
-            image: &prepared.image,
-            host: &prepared.host,
-            key: &prepared.key,
+            name: "shakedown".into(),
+            needs: needs.clone(),
+            image: prepared.image.clone(),
+            host: prepared.host.clone(),
+            key: prepared.key.clone(),
             spawn_timeout: environment.spawn_timeout,
             login_timeout: environment.login_timeout,
             evidence: self.evidence.clone(),
-            machines: &prepared.machines,
+            machines: prepared.machines.clone(),
         }
     }
 

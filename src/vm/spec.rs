@@ -76,6 +76,16 @@ pub enum DriveFormat {
     Qcow2,
 }
 
+impl DriveFormat {
+    /// As QEMU writes it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
 /// How a drive shows in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attach {
@@ -204,11 +214,8 @@ impl MachineSpec {
 impl Drive {
     fn argv(&self, index: usize, ahci_port: &mut u8, a: &mut Argv) {
         let node = format!("drive{index}");
-        let (format, read_only) = match self.format {
-            DriveFormat::Raw => ("raw", self.read_only || self.attach == Attach::Cdrom),
-            DriveFormat::Qcow2 => ("qcow2", self.read_only),
-        };
-        let read_only = if read_only { "on" } else { "off" };
+        let format = self.format.as_str();
+        let read_only = if self.read_only || self.attach == Attach::Cdrom { "on" } else { "off" };
         // Unsafe caching: the files die with the machine, so the guest's flushes need not reach a disk.
         a.opt(
             "-blockdev",
