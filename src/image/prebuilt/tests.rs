@@ -119,7 +119,10 @@ fn a_wrong_description_names_the_file_the_key_and_the_right_one() {
 #[test]
 fn a_missing_file_is_named() {
     let nowhere = Path::new("/nowhere/image.iso");
-    let text = format!("{:#}", open("x", nowhere, &Table::new(), nowhere, nowhere, &deadline()).expect_err("missing"));
+    let text = format!(
+        "{:#}",
+        open("x", nowhere, &Table::new(), nowhere, nowhere, &deadline()).expect_err("missing")
+    );
     assert!(text.contains("/nowhere/image.iso"), "{text}");
 }
 

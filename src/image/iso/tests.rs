@@ -59,7 +59,8 @@ fn validation() -> [u8; 32] {
     let mut entry = [0; 32];
     entry[0] = 1;
     entry[30..].copy_from_slice(&[0x55, 0xaa]);
-    let sum = entry.chunks(2).fold(0_u16, |sum, word| sum.wrapping_add(u16::from_le_bytes([word[0], word[1]])));
+    let sum =
+        entry.chunks(2).fold(0_u16, |sum, word| sum.wrapping_add(u16::from_le_bytes([word[0], word[1]])));
     entry[28..30].copy_from_slice(&0_u16.wrapping_sub(sum).to_le_bytes());
     entry
 }
