@@ -10,7 +10,7 @@ use serde_json::json;
 use shakedown::deadline::Deadline;
 use shakedown::harness::Settings;
 use shakedown::host;
-use shakedown::image::Images;
+use shakedown::image::{Built, Images};
 use shakedown::image::store::{Store, Stored};
 use shakedown::record::Environment;
 use shakedown::record::event::Events;
@@ -88,7 +88,7 @@ impl Image {
     }
 }
 
-fn store() -> Result<Store> {
+fn store() -> Result<Store<Built>> {
     Images::store_in(&host::cache_dir()?)
 }
 
@@ -134,7 +134,7 @@ fn images() -> Result<Images> {
     Images::new(host::cache_dir()?, &environment, &settings.image, &settings.images)
 }
 
-fn show(list: &[Stored], as_json: bool, empty: &str) -> Result<()> {
+fn show(list: &[Stored<Built>], as_json: bool, empty: &str) -> Result<()> {
     if as_json {
         return terminal::print_json(&list);
     }
@@ -151,7 +151,7 @@ fn show(list: &[Stored], as_json: bool, empty: &str) -> Result<()> {
             format!("{} MiB", entry.bytes >> 20).into(),
             ago(manifest.built_at).into(),
             ago(entry.used_at).into(),
-            manifest.kernel_release.as_str().into(),
+            manifest.facts.kernel_release.as_str().into(),
             if entry.in_use { "in use" } else { "" }.into(),
         ]);
     }

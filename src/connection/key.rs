@@ -254,6 +254,12 @@ mod tests {
         std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).expect("chmod");
     }
 
+    fn private_dir() -> tempfile::TempDir {
+        let dir = tempfile::tempdir().expect("temp dir");
+        chmod(dir.path(), 0o700);
+        dir
+    }
+
     fn mode(path: &Path) -> u32 {
         path.metadata().expect("exists").mode() & 0o777
     }
@@ -272,7 +278,7 @@ mod tests {
 
     #[test]
     fn ssh_keygen_reads_the_same_key() {
-        let dir = tempfile::tempdir().expect("temp dir");
+        let dir = private_dir();
         let pair = KeyPair::load_or_create(dir.path()).expect("made");
         let keygen = |args: &[&str]| {
             let out = Command::new("ssh-keygen")
@@ -291,7 +297,7 @@ mod tests {
 
     #[test]
     fn eight_at_once_get_one_key() {
-        let dir = tempfile::tempdir().expect("temp dir");
+        let dir = private_dir();
         let start = std::sync::Barrier::new(8);
         let keys: Vec<_> = std::thread::scope(|scope| {
             let threads: Vec<_> = (0..8)
@@ -311,7 +317,7 @@ mod tests {
 
     #[test]
     fn lax_permissions_are_refused_with_the_fix() {
-        let dir = tempfile::tempdir().expect("temp dir");
+        let dir = private_dir();
         KeyPair::load_or_create(dir.path()).expect("made");
         let refused = || KeyPair::load_or_create(dir.path()).expect_err("refused").to_string();
         chmod(&dir.path().join(FILE), 0o640);
@@ -324,7 +330,7 @@ mod tests {
 
     #[test]
     fn a_link_and_a_foreign_file_are_refused() {
-        let dir = tempfile::tempdir().expect("temp dir");
+        let dir = private_dir();
         let path = dir.path().join(FILE);
         std::os::unix::fs::symlink("/etc/hostname", &path).expect("linked");
         assert!(KeyPair::load_or_create(dir.path()).is_err(), "a symbolic link is not followed");

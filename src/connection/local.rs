@@ -1,6 +1,6 @@
 //! Commands on this host, with the semantics of every other connection.
 
-use super::{Cmd, Collector, Connection, ConnectionError, Exit, Output, Stream};
+use super::{Cmd, Collector, Connection, ConnectionError, Exit, Output, Stream, signal_name};
 use crate::deadline::{Deadline, Stop};
 use crate::process::{self, Child};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{ChildStdin, Command, ExitStatus, Stdio};
+use std::process::{ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
 /// This host. A command that exceeds its deadline is killed with its process group, and so is what
@@ -28,8 +28,13 @@ impl Connection for Local {
         shell.arg("-c").arg(&line).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = process::spawn(shell).map_err(|error| self.broken(error.into()))?;
         let mut collector = Collector::new(keep, on_output);
-        // Dropping the child on any error kills its group.
-        let status = pump(&mut child, stdin, &mut collector, &deadline).map_err(|end| match end {
+        let mut pipes = child.pipes();
+        let ended = pump(&mut child, &mut pipes, stdin, &mut collector, &deadline);
+        if ended.is_err() {
+            // Before its pipes close: end-of-file would tell it that its input is complete.
+            child.kill();
+        }
+        let status = ended.map_err(|end| match end {
             End::Stop(stop) => ConnectionError::Stopped { line, peer: self.peer(), stop },
             End::Input(source) => {
                 ConnectionError::Host { what: "cannot read what the command is to get".into(), source }
@@ -50,6 +55,8 @@ impl Local {
     }
 }
 
+type Pipes = (Option<ChildStdin>, Option<ChildStdout>, Option<ChildStderr>);
+
 /// Why a command has no exit status.
 enum End {
     Stop(Stop),
@@ -60,12 +67,12 @@ enum End {
 /// Moves bytes between the child's pipes and us until it is done.
 fn pump(
     child: &mut Child,
+    (input, stdout, stderr): &mut Pipes,
     stdin: Box<dyn Read + '_>,
     collector: &mut Collector<'_>,
     deadline: &Deadline,
 ) -> Result<ExitStatus, End> {
     let broken = |error: io::Error| End::Broken(error.into());
-    let (mut input, mut stdout, mut stderr) = child.pipes();
     for fd in
         [input.as_ref().map(AsFd::as_fd), stdout.as_ref().map(AsFd::as_fd), stderr.as_ref().map(AsFd::as_fd)]
             .into_iter()
@@ -77,9 +84,9 @@ fn pump(
     let mut buffer = vec![0; 1 << 16];
     while input.is_some() || stdout.is_some() || stderr.is_some() {
         deadline.check().map_err(End::Stop)?;
-        feed(&mut input, &mut source)?;
-        drain(&mut stdout, &mut buffer, |bytes| collector.take(Stream::Stdout, bytes)).map_err(broken)?;
-        drain(&mut stderr, &mut buffer, |bytes| collector.take(Stream::Stderr, bytes)).map_err(broken)?;
+        feed(input, &mut source)?;
+        drain(stdout, &mut buffer, |bytes| collector.take(Stream::Stdout, bytes)).map_err(broken)?;
+        drain(stderr, &mut buffer, |bytes| collector.take(Stream::Stderr, bytes)).map_err(broken)?;
         let mut fds = Vec::with_capacity(4);
         fds.extend(input.as_ref().map(|pipe| PollFd::new(pipe, PollFlags::OUT)));
         fds.extend(stdout.as_ref().map(|pipe| PollFd::new(pipe, PollFlags::IN)));
@@ -135,12 +142,6 @@ fn again(error: &io::Error) -> bool {
 fn exit(status: ExitStatus) -> Exit {
     match (status.code(), status.signal()) {
         (Some(code), _) => Exit::Code(code),
-        (None, signal) => {
-            let number = signal.unwrap_or_default();
-            let name = signal_hook::low_level::signal_name(number);
-            Exit::Signal(
-                name.map_or_else(|| number.to_string(), |name| name.trim_start_matches("SIG").into()),
-            )
-        }
+        (None, signal) => Exit::Signal(signal_name(signal.unwrap_or_default())),
     }
 }

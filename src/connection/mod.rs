@@ -4,12 +4,15 @@
 //! transport that broke and a command that failed are different things. A transport brings one
 //! primitive, [`Connection::exec`]; files move through it. Knows nothing of QEMU.
 
+pub mod agent;
 mod files;
+pub(crate) mod json_lines;
 pub mod key;
 pub mod local;
 pub mod session;
 pub mod ssh;
 
+pub use agent::Agent;
 pub use key::KeyPair;
 pub use local::Local;
 pub use session::Session;
@@ -303,6 +306,14 @@ impl std::fmt::Display for Exit {
             Self::Code(code) => write!(f, "exit status {code}"),
             Self::Signal(name) => write!(f, "signal {name}"),
         }
+    }
+}
+
+/// The name of a signal as [`Exit::Signal`] has it; its number where it has no name.
+pub(crate) fn signal_name(number: i32) -> String {
+    match signal_hook::low_level::signal_name(number) {
+        Some(name) => name.trim_start_matches("SIG").to_owned(),
+        None => number.to_string(),
     }
 }
 

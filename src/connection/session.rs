@@ -5,6 +5,7 @@ use crate::deadline::{Deadline, Stop};
 use crate::fault::Fault;
 use crate::record::event::{Event, Events};
 use anyhow::Result;
+use std::error::Error;
 use std::path::Path;
 use std::time::Instant;
 
@@ -89,8 +90,11 @@ fn brief(error: &ConnectionError) -> String {
 }
 
 fn with_blame(error: ConnectionError) -> anyhow::Error {
+    let stop = error.source().and_then(|source| source.downcast_ref());
+    if stop == Some(&Stop::Interrupted) {
+        return error.into();
+    }
     let fault = match &error {
-        ConnectionError::Stopped { stop: Stop::Interrupted, .. } => return error.into(),
         ConnectionError::Failed { .. } => Fault::machine("a command failed"),
         ConnectionError::Stopped { .. } => Fault::machine("a command hung"),
         ConnectionError::Transport { .. } => Fault::host("the connection broke"),
@@ -174,8 +178,14 @@ mod tests {
     fn an_interruption_blames_nobody_and_stays_visible() {
         let stopped =
             ConnectionError::Stopped { line: "true".into(), peer: "vm".into(), stop: Stop::Interrupted };
-        let error = with_blame(stopped);
-        assert_eq!(blame(&error), None);
-        assert!(error.chain().any(|e| e.downcast_ref::<Stop>() == Some(&Stop::Interrupted)));
+        let waiting = ConnectionError::Transport {
+            peer: "vm".into(),
+            what: "SSH is not usable".into(),
+            source: Some(Box::new(Stop::Interrupted)),
+        };
+        for error in [stopped, waiting].map(with_blame) {
+            assert_eq!(blame(&error), None);
+            assert!(error.chain().any(|e| e.downcast_ref::<Stop>() == Some(&Stop::Interrupted)));
+        }
     }
 }

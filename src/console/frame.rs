@@ -7,7 +7,7 @@
 //! Noise only ever *adds* bytes to a line. A frame with something in its middle fails its form or
 //! its exact length, and is asked for again; the POSIX `cksum` over each stream has the last word.
 
-use crate::connection::{Exit, Output};
+use crate::connection::{signal_name, Exit, Output};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use std::collections::BTreeMap;
@@ -49,8 +49,10 @@ pub(crate) enum Reply {
     Ready { user_id: u32, missing: String },
     /// It waits for a request.
     Sync,
-    /// A piece of standard input came, whole or not.
-    Put { whole: bool },
+    /// A piece of standard input came.
+    Put,
+    /// All of standard input came, whole or not.
+    Load { whole: bool },
     /// The command ended; checksum and size of standard output and of standard error.
     End { exit: Exit, sums: [(u32, u64); 2] },
 }
@@ -157,8 +159,9 @@ impl Reply {
         Some(match fields[..] {
             ["go"] => Self::Go,
             ["sync"] => Self::Sync,
-            ["put", "ok"] => Self::Put { whole: true },
-            ["put", "bad"] => Self::Put { whole: false },
+            ["put"] => Self::Put,
+            ["load", "ok"] => Self::Load { whole: true },
+            ["load", "bad"] => Self::Load { whole: false },
             ["ready", uid, missing] => {
                 Self::Ready { user_id: uid.parse().ok()?, missing: missing.trim().into() }
             }
@@ -179,19 +182,9 @@ impl Reply {
 fn exit(status: i32, how: &str) -> Option<Exit> {
     match how {
         "exit" => Some(Exit::Code(status)),
-        "signal" => Some(signal_name(status - 128).map_or(Exit::Code(status), |n| Exit::Signal(n.into()))),
+        "signal" => Some(Exit::Signal(signal_name(status - 128))),
         _ => None,
     }
-}
-
-/// Linux on all architectures but Alpha, MIPS and SPARC: signal(7).
-fn signal_name(number: i32) -> Option<&'static str> {
-    const NAMES: [&str; 31] = [
-        "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "KILL", "USR1", "SEGV", "USR2", "PIPE",
-        "ALRM", "TERM", "STKFLT", "CHLD", "CONT", "STOP", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ",
-        "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
-    ];
-    NAMES.get(usize::try_from(number).ok()?.checked_sub(1)?).copied()
 }
 
 /// The checksum of POSIX `cksum`: CRC-32 with polynomial 0x04C11DB7, most significant bit first,
@@ -246,7 +239,7 @@ mod tests {
         assert_eq!(exit(137, "exit"), Some(Exit::Code(137)));
         assert_eq!(exit(137, "signal"), Some(Exit::Signal("KILL".into())));
         // Real-time signals have no name in RFC 4254.
-        assert_eq!(exit(128 + 34, "signal"), Some(Exit::Code(162)));
+        assert_eq!(exit(128 + 34, "signal"), Some(Exit::Signal("34".into())));
         assert_eq!(exit(0, "sixit"), None);
     }
 
@@ -286,7 +279,8 @@ mod tests {
                     for (name, from, to) in gaps {
                         for number in from..=to {
                             let start = format!("@k:1:{name}{number}:");
-                            let line = clean.iter().find(|f| f.starts_with(&start)).expect("asked for what is");
+                            let line =
+                                clean.iter().find(|f| f.starts_with(&start)).expect("asked for what is");
                             answer.accept(parse(line.trim_end().as_bytes(), "k", 1).expect("a frame"));
                         }
                     }

@@ -4,15 +4,15 @@
 //! answer cannot be its own echo. Owns the dialogue up to that; [`super::shell`] goes on from there.
 
 use super::feed::{Reader, Stopper, WaitError};
-use super::shell::Shell;
+use super::shell::{Shell, nonce};
 use super::{Keyboard, Line};
 use crate::deadline::Deadline;
 use crate::fault::Fault;
 use anyhow::{Context, Result};
+use rexpect::ReadUntil;
 use rexpect::error::Error as RexpectError;
 use rexpect::reader::Regex;
 use rexpect::session::StreamSession;
-use rexpect::ReadUntil;
 use serde::Deserialize;
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,8 +22,8 @@ const NOISE: &str = r"(?:(?:\[[ *.\dA-Z]{4,20}\]| {9})[^\n]*(?:\n|$)|[\r\n])*$";
 /// A getty's prompt. `Last login: ...` and `login: root (automatic login)` go on.
 const LOGIN: &str = r"[^\n]*\blogin: ?";
 const PASSWORD: &str = r"[^\n]*[Pp]assword(?: for [^\n:]*)?: ?";
-/// The end of nearly every POSIX shell's prompt.
-const SHELL: &str = r"(?:^|[\n\r\w)\]~/])[#$] ";
+/// The end of nearly every POSIX shell's prompt; busybox has a blank before its sign.
+const SHELL: &str = r"(?:^|[\n\r\w)\]~/]|/\S* )[#$] ";
 const REFUSED: &str = r"Login incorrect|Sorry, try again|incorrect password|Authentication (?:failure|error)|not in the sudoers file|may not run sudo|(?:sudo|su): [^\n]*(?:not found|required|must be)";
 /// After a prompt this long without anything else it is one.
 const CALM: Duration = Duration::from_millis(300);
@@ -77,33 +77,33 @@ pub enum Escalate {
 
 /// Logs in and starts a shell's agent.
 pub(super) fn login(line: &Arc<Line>, profile: &LoginProfile, deadline: &Deadline) -> Result<Shell> {
-    let failed = || {
-        Fault::machine(format!("no shell on the serial console. Last lines:\n{}", line.tail(10)))
+    // What went wrong in words of its own needs no others.
+    let explain = |error: anyhow::Error| match error.is::<Fault>() {
+        true => error,
+        false => error.context(Fault::machine(format!(
+            "no shell on the serial console. Last lines:\n{}",
+            line.tail(10)
+        ))),
     };
     let patterns = Patterns::new(profile)?;
     let mut dialogue = Dialogue::begin(line, &patterns, profile, deadline);
-    let mut uid = match dialogue.shell() {
-        Err(error) if error.downcast_ref::<Fault>().is_none() => return Err(error).with_context(failed),
-        other => other?,
-    };
+    let uid = dialogue.shell().map_err(explain)?;
     let command = match profile.escalate {
         Escalate::Sudo if uid != 0 => Some("sudo -i"),
         Escalate::Su if uid != 0 => Some("su -"),
         _ => None,
     };
     if let Some(command) = command {
-        dialogue.keyboard.enter(command)?;
-        dialogue.last_typed = command.into();
-        uid = match dialogue.shell() {
-            Err(error) if error.downcast_ref::<Fault>().is_none() => return Err(error).with_context(failed),
-            other => other?,
-        };
+        let uid = dialogue.escalate(command).map_err(explain)?;
         if uid != 0 {
-            return Err(Fault::machine(format!("`{command}` on the serial console left user id {uid}")).into());
+            return Err(
+                Fault::machine(format!("`{command}` on the serial console left user id {uid}")).into()
+            );
         }
     }
+    // Its reader would go on filling rexpect's buffer.
     drop(dialogue);
-    Shell::start(line, deadline).with_context(failed)
+    Shell::start(line, deadline).map_err(explain)
 }
 
 struct Patterns {
@@ -129,9 +129,21 @@ impl Patterns {
             noise: compile("noise", &format!("^{NOISE}"), "")?,
         })
     }
+
+    /// The prompt at the end of `text`, if there is one.
+    fn prompt(&self, text: &str) -> Option<Seen> {
+        let found = |regex: &Regex| {
+            let line = regex.find(text)?.as_str().trim_start().lines().next()?;
+            Some(line.trim_end().to_owned())
+        };
+        None.or_else(|| found(&self.password).map(Seen::Password))
+            .or_else(|| found(&self.login).map(Seen::Login))
+            .or_else(|| self.shell.is_match(text).then_some(Seen::Shell))
+    }
 }
 
 /// What was seen on the console.
+#[derive(Debug, PartialEq)]
 enum Seen {
     Login(String),
     Password(String),
@@ -155,7 +167,8 @@ struct Dialogue<'a> {
     deadline: &'a Deadline,
     prompt: String,
     last_typed: String,
-    probes: u32,
+    /// What the answer to the last probe begins with.
+    probe: String,
 }
 
 impl<'a> Dialogue<'a> {
@@ -183,8 +196,15 @@ impl<'a> Dialogue<'a> {
             deadline,
             prompt,
             last_typed,
-            probes: 0,
+            probe: nonce(),
         }
+    }
+
+    /// Types `command` at the shell and goes on as [`Dialogue::shell`] does.
+    fn escalate(&mut self, command: &str) -> Result<u32> {
+        self.session.send_line(command)?;
+        (self.prompt, self.last_typed) = (String::new(), command.into());
+        self.shell()
     }
 
     /// Answers prompts until a shell has answered a probe, and returns its user id.
@@ -210,11 +230,11 @@ impl<'a> Dialogue<'a> {
                 }
                 Seen::Password(prompt) => {
                     self.keyboard.enter_secret(self.profile.password.as_deref().unwrap_or_default())?;
-                    self.prompt = prompt;
+                    self.prompt = format!("{} {}", self.prompt, prompt.trim());
                 }
                 Seen::Refused(text) if !self.last_typed.is_empty() => {
                     return Err(Fault::machine(format!(
-                        "the guest said `{text}` to `{}` at `{}` on the serial console",
+                        "the guest said `{text}` to `{}` on the serial console, last prompt `{}`",
                         self.last_typed,
                         self.prompt.trim()
                     ))
@@ -222,9 +242,9 @@ impl<'a> Dialogue<'a> {
                     .into());
                 }
                 Seen::Shell => {
-                    self.probes += 1;
+                    self.probe = nonce();
                     // Echoed as typed, with a blank in the middle; answered without.
-                    let probe = format!("printf '%s%s-%s.\\n' SHAKE DOWN{} \"$(id -u)\"", self.probes);
+                    let probe = format!("printf '%s%s-%s.\\n' SHAKE DOWN{} \"$(id -u)\"", self.probe);
                     self.session.send_line(&probe)?;
                 }
                 Seen::Nothing if quiet % LOOKS_BEFORE_ENTER == 0 => self.keyboard.enter("")?,
@@ -236,8 +256,8 @@ impl<'a> Dialogue<'a> {
     /// Waits a moment for anything that calls for an answer.
     fn look(&mut self) -> Result<Seen> {
         self.deadline.check().map_err(WaitError::from)?;
-        let answer = Regex::new(&format!(r"SHAKEDOWN{}-(\d+)\.", self.probes)).context("a fixed pattern")?;
-        let Patterns { login, password, shell, refused, .. } = self.patterns;
+        let answer = Regex::new(&format!(r"SHAKEDOWN{}-(\d+)\.", self.probe)).context("a fixed pattern")?;
+        let Patterns { login, password, shell, refused, noise: _ } = self.patterns;
         let needles = [&answer, refused, password, login, shell];
         let any = needles.iter().map(|&regex| ReadUntil::Regex(regex.clone())).collect();
         let (before, matched) = match self.session.exp_any(any) {
@@ -256,14 +276,7 @@ impl<'a> Dialogue<'a> {
         if !self.calm()? {
             return Ok(Seen::Nothing);
         }
-        let prompt = matched.trim_start().lines().next().unwrap_or_default().to_owned();
-        Ok(if password.is_match(&matched) {
-            Seen::Password(prompt)
-        } else if login.is_match(&matched) {
-            Seen::Login(prompt)
-        } else {
-            Seen::Shell
-        })
+        Ok(self.patterns.prompt(&matched).unwrap_or(Seen::Nothing))
     }
 
     /// True when after a moment nothing but noise has followed what was matched.

@@ -74,6 +74,12 @@ impl Console {
         Ok(Self { line, position: 0 })
     }
 
+    /// Another reader of the same line, which begins with power-on.
+    #[must_use]
+    pub fn reader(&self) -> Self {
+        Self { line: Arc::clone(&self.line), position: 0 }
+    }
+
     /// Waits until the guest has printed anything at all.
     ///
     /// # Errors
@@ -230,5 +236,69 @@ impl Write for Keyboard {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::wire;
+    use super::*;
+    use crate::record::event::Observer;
+    use std::sync::mpsc;
+
+    fn soon() -> Deadline {
+        Deadline::after(Duration::from_secs(10), "test")
+    }
+
+    #[test]
+    fn patterns_are_found_in_order_and_across_sequences_cut_in_two() {
+        let (mut console, mut guest, logs) = wire();
+        guest.write_all(b"boot\r\nLAN IPv4 \x1b[0;3").expect("writes");
+        console.first_output(&soon()).expect("there is some");
+        guest.write_all(b"1maddress: 10.0.2.15\x1b[0m\r\nagain 10.0.2.16\r\n").expect("writes");
+        let address = Regex::new(r"\d+\.\d+\.\d+\.\d+").expect("a pattern");
+        assert_eq!(console.wait_for(&address, &soon()).expect("is printed"), "10.0.2.15");
+        assert_eq!(console.wait_for(&address, &soon()).expect("is printed"), "10.0.2.16");
+        let brief = Deadline::after(Duration::from_millis(20), "test");
+        assert_eq!(console.wait_for(&address, &brief), Err(brief.expiry().into()));
+        drop(guest);
+        assert_eq!(console.wait_for(&address, &soon()), Err(WaitError::Closed));
+        console.wait_closed(&soon()).expect("is closed");
+        assert_eq!(console.text(), "boot\nLAN IPv4 address: 10.0.2.15\nagain 10.0.2.16\n");
+        assert_eq!(console.tail(1), "again 10.0.2.16");
+        let raw = std::fs::read(logs.path().join("serial.log")).expect("reads");
+        assert!(raw.windows(7).any(|window| window == b"\x1b[0;31m"), "the log is raw");
+    }
+
+    #[test]
+    fn a_pattern_is_found_behind_much_text() {
+        let (mut console, mut guest, _logs) = wire();
+        let writer = std::thread::spawn(move || {
+            let line = [b"x".repeat(100), b"\r\n".to_vec()].concat();
+            (0..5000).try_for_each(|_| guest.write_all(&line)).expect("writes");
+            guest.write_all(b"the end").expect("writes");
+            guest
+        });
+        console.wait_for(&Regex::new("the end").expect("a pattern"), &soon()).expect("comes last");
+        writer.join().expect("joins");
+    }
+
+    #[test]
+    fn the_first_byte_is_an_event_and_a_deaf_guest_does_not_block_us() {
+        struct Tell(mpsc::SyncSender<Event>);
+        impl Observer for Tell {
+            fn observe(&self, event: &Event) {
+                let _ = self.0.send(event.clone());
+            }
+        }
+        let (ours, mut guest) = UnixStream::pair().expect("a socket pair");
+        let logs = tempfile::tempdir().expect("temp dir");
+        let (sender, events) = mpsc::sync_channel(8);
+        let console = Console::attach(ours, logs.path(), Events::to(Tell(sender))).expect("attaches");
+        guest.write_all(b"S").expect("writes");
+        assert_eq!(events.recv().expect("an event"), Event::FirstConsoleOutput);
+        let brief = Deadline::after(Duration::from_millis(50), "test");
+        let typed = Keyboard::new(&console.line, &brief).enter(&"x".repeat(8 << 20));
+        assert_eq!(typed, Err(brief.expiry().into()));
     }
 }

@@ -7,8 +7,8 @@
 //!
 //! Limits: output comes at the end (`on_output` is called once per stream). An exit status above 128
 //! counts as a signal if the command line replaced its shell (`exec`) or that shell's EXIT trap.
-//! Without `setsid` in the guest a deadline kills only the command's shell; without GNU `env` a
-//! command begins with INT and QUIT ignored.
+//! Without `setsid` in the guest a deadline kills only the command's shell. Standard output is a file
+//! to the command: one that itself opens `/dev/stdout` with `>` truncates what it printed before.
 
 use super::feed::WaitError;
 use super::frame::{Answer, Reply, cksum, parse};
@@ -31,7 +31,7 @@ const PEER: &str = "ttyS0";
 const LINE: usize = 1000;
 /// Standard input goes in pieces of this many bytes, each acknowledged: the kernel keeps 64 KiB for a
 /// reader that is slow, and drops the rest.
-const CHUNK: usize = 24 << 10;
+const CHUNK: usize = 40 << 10;
 /// How long the guest may be silent before it is asked to say its last frame again.
 const PATIENCE: Duration = Duration::from_secs(1);
 const MOST_PATIENCE: Duration = Duration::from_secs(30);
@@ -63,8 +63,7 @@ impl Shell {
         loop {
             attempts += 1;
             let nonce = nonce();
-            let mut shell =
-                Self { line: Arc::clone(line), nonce, id: 0, user_id: None, state: State::Ready };
+            let mut shell = Self { line: Arc::clone(line), nonce, id: 0, user_id: None, state: State::Ready };
             let attempt = deadline.within(Duration::from_secs(20), "start of the console's agent");
             match shell.load(&attempt) {
                 Ok((_, missing)) if !missing.is_empty() => {
@@ -98,7 +97,9 @@ impl Shell {
             self.nonce
         ))?;
         let mut answer = Answer::default();
-        self.line.feed.wait(deadline, &mut position, |text, position| self.take(text, position, &mut answer, 0))?;
+        self.line
+            .feed
+            .wait(deadline, &mut position, |text, position| self.take(text, position, &mut answer, 0))?;
         let code = AGENT.lines().map(str::trim_start).filter(|l| !l.is_empty() && !l.starts_with('#'));
         let typed = code.fold(String::new(), |typed, line| typed + line + "\n") + ".";
         keyboard.enter(&typed)?;
@@ -114,9 +115,10 @@ impl Shell {
     /// See [`super::Console::resume`].
     pub(super) fn resume(line: &Arc<Line>, token: &str, deadline: &Deadline) -> Result<Self> {
         let nonce = token.to_owned();
-        let mut shell =
-            Self { line: Arc::clone(line), nonce, id: 0, user_id: None, state: State::Unsettled };
-        shell.settle(deadline).context(Fault::machine("the console's shell of the frozen machine does not answer"))?;
+        let mut shell = Self { line: Arc::clone(line), nonce, id: 0, user_id: None, state: State::Unsettled };
+        shell
+            .settle(deadline)
+            .context(Fault::machine("the console's shell of the frozen machine does not answer"))?;
         Ok(shell)
     }
 
@@ -130,42 +132,30 @@ impl Shell {
         self.user_id
     }
 
-    /// Makes sure that the agent waits for a request.
-    fn settle(&mut self, deadline: &Deadline) -> Result<(), WaitError> {
-        for _ in 0..3 {
-            if self.state == State::Ready {
-                return Ok(());
-            }
-            let attempt = deadline.within(Duration::from_secs(5), "answer of the console's agent");
-            self.id += 1;
-            let request = format!("\x03{} sync {} - -\n", self.nonce, self.id);
-            let mut position = self.line.feed.end();
-            Keyboard::new(&self.line, &attempt).send(&request, false)?;
-            match self.listen(&mut position, &mut Answer::default(), 0, &attempt) {
-                Ok(()) => self.state = State::Ready,
+    /// Gets from an unknown state to an agent that waits for a request.
+    fn settle(&mut self, deadline: &Deadline) -> Result<()> {
+        for seconds in [2, 4, 8] {
+            let attempt = deadline.within(Duration::from_secs(seconds), "answer of the console's agent");
+            Keyboard::new(&self.line, &attempt).send("\x03", false)?;
+            match self.ask("sync", "- -", &attempt) {
+                Ok(_) => {
+                    self.state = State::Ready;
+                    return Ok(());
+                }
                 Err(WaitError::Stopped(Stop::Expired { .. })) if !deadline.expired() => {}
-                Err(error) => return Err(error),
+                Err(error) => return Err(error.into()),
             }
         }
         // A command may have killed the agent; the login shell is still behind it.
-        let found = match self.state {
-            State::Ready => return Ok(()),
-            _ => Self::start(&self.line, deadline),
-        };
-        match found {
-            Ok(shell) => *self = shell,
-            Err(error) => {
-                self.state = State::Unusable;
-                return Err(error.downcast().unwrap_or(WaitError::Stopped(deadline.expiry())));
-            }
-        }
+        self.state = State::Unusable;
+        *self = Self::start(&self.line, deadline)?;
         Ok(())
     }
 
-    fn command(&mut self, line: &str, stdin: &[u8], deadline: &Deadline) -> Result<Output, WaitError> {
-        let fresh = if stdin.is_empty() { "-" } else { "i" };
-        for (index, chunk) in stdin.chunks(CHUNK).enumerate() {
-            self.put(chunk, if index == 0 { "new" } else { "add" }, deadline)?;
+    fn command(&mut self, line: &str, input: &[u8], deadline: &Deadline) -> Result<Output, WaitError> {
+        let stdin = if input.is_empty() { "-" } else { "i" };
+        if !input.is_empty() {
+            self.put(input, deadline)?;
         }
         self.id += 1;
         let mut pieces = encode(line, LINE);
@@ -174,7 +164,7 @@ impl Shell {
         for piece in pieces {
             let _ = writeln!(request, "{} add {} - {piece}", self.nonce, self.id);
         }
-        let _ = writeln!(request, "{} run {} {fresh} {last}", self.nonce, self.id);
+        let _ = writeln!(request, "{} run {} {stdin} {last}", self.nonce, self.id);
         let mut position = self.line.feed.end();
         Keyboard::new(&self.line, deadline).send(&request, false)?;
         let mut answer = Answer::default();
@@ -196,23 +186,30 @@ impl Shell {
         }
     }
 
-    /// Sends one piece of standard input until it arrived whole.
-    fn put(&mut self, chunk: &[u8], how: &str, deadline: &Deadline) -> Result<(), WaitError> {
-        let text = BASE64.encode(chunk);
-        let lines: Vec<_> = text.as_bytes().chunks(LINE).map(String::from_utf8_lossy).collect();
+    /// Sends standard input until it arrived whole.
+    fn put(&mut self, bytes: &[u8], deadline: &Deadline) -> Result<(), WaitError> {
+        let sum = format!("{} {}", cksum(bytes), bytes.len());
         loop {
-            self.id += 1;
-            let (nonce, id, count) = (&self.nonce, self.id, lines.len());
-            let header = format!("{nonce} put {id} {count} {} {} {how}", cksum(chunk), chunk.len());
-            let mut position = self.line.feed.end();
-            Keyboard::new(&self.line, deadline).enter(&(header + "\n" + &lines.join("\n")))?;
-            let mut answer = Answer::default();
-            self.listen(&mut position, &mut answer, 0, deadline)?;
-            if answer.reply == Some(Reply::Put { whole: true }) {
+            for chunk in bytes.chunks(CHUNK) {
+                let text = BASE64.encode(chunk);
+                let lines: Vec<_> = text.as_bytes().chunks(LINE).map(String::from_utf8_lossy).collect();
+                self.ask("put", &format!("{} -\n{}", lines.len(), lines.join("\n")), deadline)?;
+            }
+            if self.ask("load", &sum, deadline)? == Some(Reply::Load { whole: true }) {
                 return Ok(());
             }
             deadline.check()?;
         }
+    }
+
+    /// Sends one request and waits for its reply.
+    fn ask(&mut self, verb: &str, rest: &str, deadline: &Deadline) -> Result<Option<Reply>, WaitError> {
+        self.id += 1;
+        let mut position = self.line.feed.end();
+        Keyboard::new(&self.line, deadline).enter(&format!("{} {verb} {} {rest}", self.nonce, self.id))?;
+        let mut answer = Answer::default();
+        self.listen(&mut position, &mut answer, 0, deadline)?;
+        Ok(answer.reply)
     }
 
     /// Takes frames until the reply to question `round` is there. When the guest falls silent it is
@@ -229,8 +226,10 @@ impl Shell {
         loop {
             let frames = answer.frames;
             let slice = deadline.within(patience, "patience");
-            let found =
-                self.line.feed.wait(&slice, position, |text, position| self.take(text, position, answer, round));
+            let found = self
+                .line
+                .feed
+                .wait(&slice, position, |text, position| self.take(text, position, answer, round));
             match found {
                 Err(WaitError::Stopped(Stop::Expired { .. })) if !deadline.expired() => {
                     if answer.frames == frames {
@@ -256,10 +255,9 @@ impl Shell {
         (answer.reply.is_some() && answer.round >= round).then_some(())
     }
 
-    fn transport(what: impl Into<String>, error: WaitError) -> ConnectionError {
-        ConnectionError::Transport { peer: PEER.into(), what: what.into(), source: Some(Box::new(error)) }
+    fn broken(what: String, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> ConnectionError {
+        ConnectionError::Transport { peer: PEER.into(), what, source: Some(error.into()) }
     }
-
 }
 
 impl Connection for Shell {
@@ -277,8 +275,10 @@ impl Connection for Shell {
         }
         let deadline = cmd.deadline(deadline);
         if self.state == State::Unsettled {
-            self.settle(&deadline)
-                .map_err(|e| Self::transport("the shell does not answer after a command that was stopped", e))?;
+            self.settle(&deadline).map_err(|error| {
+                let what = "the shell does not answer after a command that was stopped";
+                Self::broken(what.into(), error)
+            })?;
         }
         let mut stdin = Vec::new();
         cmd.stdin.read_to_end(&mut stdin).map_err(|source| ConnectionError::Host {
@@ -311,14 +311,14 @@ impl Connection for Shell {
             }
             Err(error) => {
                 self.state = State::Unusable;
-                Err(Self::transport(format!("the line was lost during `{}`", cmd.line), error))
+                Err(Self::broken(format!("the line was lost during `{}`", cmd.line), error))
             }
         }
     }
 }
 
 /// Eight hexadecimal digits that no other shell has had.
-fn nonce() -> String {
+pub(super) fn nonce() -> String {
     format!("{:08x}", RandomState::new().build_hasher().finish() as u32)
 }
 

@@ -17,7 +17,8 @@ pub(crate) struct Guest {
     _child: Child,
 }
 
-/// Starts `command` on a terminal of its own, by script(1), and attaches a console to it.
+/// Starts `command` on a terminal of its own, by script(1), and attaches a console to it. `$DIR` is a
+/// directory that goes with the guest.
 pub(crate) fn guest(command: &str) -> Guest {
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
     guest_on(command, ours, theirs)
@@ -55,7 +56,11 @@ pub(crate) fn noisy_guest(command: &str, noise: impl Fn(u64) -> Option<Vec<u8>> 
 fn guest_on(command: &str, ours: UnixStream, theirs: UnixStream) -> Guest {
     let logs = tempfile::tempdir().expect("temp dir");
     let mut script = Command::new("script");
-    script.args(["-qfc", command, "/dev/null"]).env("PS1", "root@guest:~# ").env("TERM", "vt100");
+    script
+        .args(["-qfc", command, "/dev/null"])
+        .env("PS1", "root@guest:~# ")
+        .env("TERM", "vt100")
+        .env("DIR", logs.path());
     let output = theirs.try_clone().expect("clones");
     script.stdin(OwnedFd::from(theirs)).stdout(OwnedFd::from(output));
     let child = process::spawn(script).expect("script(1) starts");

@@ -10,12 +10,12 @@ use crate::connection::KeyPair;
 use crate::deadline::Deadline;
 use crate::fault::Fault;
 use crate::host::{self, tools};
-use crate::image::{Image, Images};
+use crate::image::{Image, Images, KeyEntry};
 use crate::record::event::Events;
-use crate::record::{self, BootKind, Environment, Evidence, Outcome, Scratch, scratch};
+use crate::record::{self, BootKind, Environment, Evidence, Outcome, scratch};
 use crate::vm::assemble::HostParts;
 use crate::vm::qemu::Watch;
-use crate::vm::{Launch, Needs, Vm, accel};
+use crate::vm::{Boot, Launch, Needs, Template, Vm, accel, template};
 use anyhow::{Context, Result};
 use once_cell::sync::OnceCell;
 use std::path::{Path, PathBuf};
@@ -54,6 +54,8 @@ struct Prepared {
     host: HostParts,
     image: Image,
     key: KeyPair,
+    template: Option<Template>,
+    machines: PathBuf,
     #[expect(dead_code, reason = "held while the machine runs")]
     slot: Slot,
 }
@@ -110,7 +112,7 @@ fn machines() -> Result<PathBuf> {
 
 impl Stage {
     /// Gets what a machine needs before its own time begins to count: the image, built where it is
-    /// not in the store yet, and a slot among the machines of this host.
+    /// not in the store yet, a slot among the machines of this host, and the template to fork from.
     pub(super) fn prepare(&self, needs: &Needs) -> Result<()> {
         let wait = Deadline::after(PREPARATION, "building the image");
         let accelerator = accel::detect(&wait)?;
@@ -121,8 +123,10 @@ impl Stage {
         };
         let image = self.run.images()?.get(needs.image, &wait, &self.events)?;
         let key = KeyPair::load_or_create(&host::cache_dir()?.join("keys"))?;
+        // Nobody can tell when a machine without login has settled.
+        let forks = needs.boot == Boot::Fork && image.login.is_some() && image.key != KeyEntry::None;
         self.evidence.update(|metadata| {
-            metadata.boot = BootKind::Cold;
+            metadata.boot = if forks { BootKind::Fork } else { BootKind::Cold };
             metadata.accelerator = Some(accelerator.kind.to_string());
             metadata.firmware = Some(needs.firmware.to_string());
             metadata.image = Some(image.metadata());
@@ -131,27 +135,57 @@ impl Stage {
         let slots = Slots::in_directory(host::cache_dir()?.join("slots"))?;
         let wait = Deadline::after(SLOT_WAIT, "waiting for other machines to end");
         let slot = slots.acquire(needs.memory_mib, &wait, &self.events)?;
-        *lock(&self.prepared) = Some(Prepared { host, image, key, slot });
+        let mut prepared =
+            Prepared { host, image, key, template: None, machines: machines()?, slot };
+        if forks {
+            prepared.template = Some(self.template(&prepared, needs)?);
+        }
+        *lock(&self.prepared) = Some(prepared);
         Ok(())
     }
 
-    /// Boots the machine.
-    pub(super) fn boot(&self, needs: &Needs, deadline: &Deadline) -> Result<Vm> {
-        let prepared = lock(&self.prepared);
-        let Prepared { host, image, key, .. } = prepared.as_ref().context(Fault::host("nothing is prepared"))?;
+    fn template(&self, prepared: &Prepared, needs: &Needs) -> Result<Template> {
+        let deadline = Deadline::after(Scenario::DEFAULT_TIMEOUT, "booting the machine to fork from");
+        let evidence = || {
+            let evidence = self.run.record()?.aside(&format!("template-{}", prepared.image.name))?;
+            evidence.update(|metadata| {
+                let own = self.evidence.metadata();
+                metadata.boot = BootKind::Cold;
+                metadata.accelerator = own.accelerator;
+                metadata.firmware = own.firmware;
+                metadata.image = own.image;
+                metadata.artifact = own.artifact;
+            })?;
+            Ok(evidence)
+        };
+        let store = template::store_in(&host::cache_dir()?)?;
+        Template::get(&store, &self.launch(prepared, needs), evidence, &deadline, &self.events)
+    }
+
+    fn launch<'a>(&'a self, prepared: &'a Prepared, needs: &'a Needs) -> Launch<'a> {
         let environment = &self.run.environment;
-        let launch = Launch {
+        Launch {
             name: "shakedown",
             needs,
-            image,
-            host,
-            key,
+            image: &prepared.image,
+            host: &prepared.host,
+            key: &prepared.key,
             spawn_timeout: environment.spawn_timeout,
             login_timeout: environment.login_timeout,
             evidence: self.evidence.clone(),
-            scratch: Scratch::under(&machines()?)?,
+            machines: &prepared.machines,
+        }
+    }
+
+    /// Boots or forks the machine.
+    pub(super) fn boot(&self, needs: &Needs, deadline: &Deadline) -> Result<Vm> {
+        let prepared = lock(&self.prepared);
+        let prepared = prepared.as_ref().context(Fault::host("nothing is prepared"))?;
+        let launch = self.launch(prepared, needs);
+        let vm = match &prepared.template {
+            Some(template) => Vm::fork(launch, template.clone(), deadline)?,
+            None => Vm::start(launch, deadline)?,
         };
-        let vm = Vm::start(launch, deadline)?;
         *lock(&self.watch) = Some(vm.watch()?);
         Ok(vm)
     }

@@ -251,7 +251,7 @@ fn squash(tar: &Path, out: &Path, log: &Path, deadline: &Deadline) -> Result<()>
     // LZ4 is what an emulated CPU unpacks fastest. The boot loader has the kernel elsewhere.
     // The tar has no entry for the root directory itself.
     command.args(["-comp", "lz4", "-root-uid", "0", "-root-gid", "0", "-root-mode", "0755"]);
-    command.args(["-no-xattrs", "-no-progress", "-quiet"]).arg(out).arg("boot/vmlinuz*");
+    command.args(["-no-progress", "-quiet"]).arg(out).arg("boot/vmlinuz*");
     process::stream(command, log, STALL, deadline, |_| {})
         .context(Fault::host("the root file system cannot be packed"))
 }

@@ -24,7 +24,7 @@ use settings::Source;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
-use store::{Entry, Facts, Store};
+use store::{Entry, Kind, Store};
 use toml::Table;
 
 /// Uses this file in place of the project's default image.
@@ -126,11 +126,37 @@ impl Image {
     }
 }
 
+/// What the manifest of an image that was built says, beyond what every manifest does.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Built {
+    /// The name of the recipe.
+    pub recipe: String,
+    /// `uname -r` of its kernel.
+    pub kernel_release: String,
+    /// The kernel command line for a boot without boot loader.
+    pub cmdline: String,
+    /// Versions of the packages inside, as installed.
+    pub packages: BTreeMap<String, String>,
+}
+
+impl Kind for Built {
+    const NAME: &'static str = "image";
+    const DIGESTS: bool = true;
+
+    fn started(name: &str, log: &Path) -> Event {
+        Event::ImageBuildStarted { image: name.into(), log: log.display().to_string() }
+    }
+
+    fn ready(name: &str, seconds: f64, cached: bool) -> Event {
+        Event::ImageReady { image: name.into(), seconds, cached }
+    }
+}
+
 /// The images of a project.
 #[derive(Clone, Debug)]
 pub struct Images {
     cache: PathBuf,
-    store: Store,
+    store: Store<Built>,
     project: PathBuf,
     default: String,
     /// In place of the default image.
@@ -172,7 +198,7 @@ impl Images {
     ///
     /// # Errors
     /// When it cannot be made or read.
-    pub fn store_in(cache: &Path) -> Result<Store> {
+    pub fn store_in(cache: &Path) -> Result<Store<Built>> {
         Store::open(cache.join("images"), debian::sweep)
     }
 
@@ -244,8 +270,8 @@ impl Images {
             }
             let built = plan.build(dir, log, deadline, events)?;
             check_built(&dir.join(ISO))?;
-            Ok(Facts {
-                recipe: "debian",
+            Ok(Built {
+                recipe: "debian".into(),
                 kernel_release: built.kernel_release,
                 cmdline: plan.cmdline(),
                 packages: built.packages,
@@ -259,19 +285,19 @@ const ISO: &str = "image.iso";
 const KERNEL: &str = "vmlinuz";
 const INITRD: &str = "initrd";
 
-fn from_store(name: &str, entry: Entry) -> Image {
+fn from_store(name: &str, entry: Entry<Built>) -> Image {
     let Entry { dir, manifest, guard } = entry;
-    let digest = manifest.files.get(ISO).map(|file| file.sha256.as_str()).unwrap_or_default();
+    let digest = manifest.files.get(ISO).and_then(|file| file.sha256.as_deref()).unwrap_or_default();
     Image {
         name: name.to_owned(),
-        recipe: Some(manifest.recipe),
+        recipe: Some(manifest.facts.recipe),
         digest: format!("sha256:{digest}"),
         file: dir.join(ISO),
         format: ImageFormat::Iso,
         kernel: Some(KernelFiles {
             kernel: dir.join(KERNEL),
             initrd: dir.join(INITRD),
-            cmdline: manifest.cmdline,
+            cmdline: manifest.facts.cmdline,
         }),
         firmware: vec![Firmware::Bios, Firmware::Uefi],
         login: Some(LoginProfile::default()),

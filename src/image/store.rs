@@ -1,6 +1,7 @@
 //! The content-addressed store: what was built once is there for every process of this user.
 //!
-//! Owns the directory, its locks and its rules. What is built, and how, comes from outside.
+//! Owns the directory, its locks and its rules. What is built, and how, comes from outside: images
+//! from here, templates of booted machines from `vm`.
 //!
 //! ```text
 //! KEY/            a published entry; never changes
@@ -27,10 +28,12 @@ use crate::record::event::{Event, Events};
 use crate::record::files::{read_json, remove, write_json};
 use anyhow::{Context, Result, bail};
 use jiff::Timestamp;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, TryLockError};
 use std::io::{self, Write};
+use std::marker::PhantomData;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -43,21 +46,29 @@ const LOG: &str = "build.log";
 const IN_USE: &str = "in-use";
 const SCHEMA: u32 = 1;
 
+/// What is kept in a store: the part of a manifest that only its kind has.
+pub trait Kind: Clone + Serialize + DeserializeOwned {
+    /// As messages call it: `image`.
+    const NAME: &'static str;
+    /// Whether the content of the files is put on record too. Their sizes always are.
+    const DIGESTS: bool;
+
+    /// A build begins; its output goes to `log`.
+    fn started(name: &str, log: &Path) -> Event;
+
+    /// It is there, after so many seconds.
+    fn ready(name: &str, seconds: f64, cached: bool) -> Event;
+}
+
 /// What an entry is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Manifest {
+pub struct Manifest<K> {
     /// Of this record's format.
     pub schema_version: u32,
-    /// The image's name in the settings for which it was built. Others may mean the same image.
+    /// The name for which it was built. Others may mean the same entry.
     pub name: String,
-    /// The name of the recipe.
-    pub recipe: String,
     /// SHA-256 of everything that went in.
     pub key: String,
-    /// `uname -r` of its kernel.
-    pub kernel_release: String,
-    /// The kernel command line for a boot without boot loader.
-    pub cmdline: String,
     /// When its build ended.
     pub built_at: Timestamp,
     /// How long the build took.
@@ -66,8 +77,9 @@ pub struct Manifest {
     pub shakedown_version: String,
     /// The files, by name.
     pub files: BTreeMap<String, FileRecord>,
-    /// Versions of the packages inside, as installed.
-    pub packages: BTreeMap<String, String>,
+    /// What only this kind of entry has.
+    #[serde(flatten)]
+    pub facts: K,
 }
 
 /// What a file must be.
@@ -75,25 +87,17 @@ pub struct Manifest {
 pub struct FileRecord {
     /// Its size.
     pub bytes: u64,
-    /// Its SHA-256, in hexadecimal.
-    pub sha256: String,
-}
-
-/// What a build tells of its result.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Facts {
-    pub(super) recipe: &'static str,
-    pub(super) kernel_release: String,
-    pub(super) cmdline: String,
-    pub(super) packages: BTreeMap<String, String>,
+    /// Its SHA-256, in hexadecimal, where this kind of entry has digests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
 }
 
 /// An entry that is complete and stays while this value, or a clone of it, lives.
 #[derive(Clone, Debug)]
-pub(super) struct Entry {
-    pub(super) dir: PathBuf,
-    pub(super) manifest: Manifest,
-    pub(super) guard: Guard,
+pub(crate) struct Entry<K> {
+    pub(crate) dir: PathBuf,
+    pub(crate) manifest: Manifest<K>,
+    pub(crate) guard: Guard,
 }
 
 /// While it lives, the entry is not removed.
@@ -101,11 +105,18 @@ pub(super) struct Entry {
 pub struct Guard(#[allow(dead_code, reason = "held for its lock")] Arc<File>);
 
 /// The store in a directory.
-#[derive(Clone, Debug)]
-pub struct Store {
+#[derive(Debug)]
+pub struct Store<K> {
     dir: PathBuf,
     /// Clears what a dead build left outside of its own directory.
     sweep: fn(&Path),
+    kind: PhantomData<fn() -> K>,
+}
+
+impl<K> Clone for Store<K> {
+    fn clone(&self) -> Self {
+        Self { dir: self.dir.clone(), sweep: self.sweep, kind: PhantomData }
+    }
 }
 
 /// Why a build failed, for those who waited for it.
@@ -115,24 +126,24 @@ struct Failure {
     error: String,
 }
 
-enum Found {
-    Entry(Box<Entry>),
+enum Found<K> {
+    Entry(Box<Entry<K>>),
     Missing,
     Damaged(String),
 }
 
-impl Store {
+impl<K: Kind> Store<K> {
     /// The store in `dir`, which is made if need be; what dead builds left is cleared.
     ///
     /// # Errors
     /// When the directory cannot be made or read.
-    pub(super) fn open(dir: PathBuf, sweep: fn(&Path)) -> Result<Self> {
+    pub(crate) fn open(dir: PathBuf, sweep: fn(&Path)) -> Result<Self> {
         DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(&dir)
-            .with_context(|| Fault::host(format!("cannot make the image store {}", dir.display())))?;
-        let store = Self { dir, sweep };
+            .with_context(|| Fault::host(format!("cannot make the {} store {}", K::NAME, dir.display())))?;
+        let store = Self { dir, sweep, kind: PhantomData };
         store.sweep()?;
         Ok(store)
     }
@@ -143,21 +154,17 @@ impl Store {
     /// # Errors
     /// What `build` gives; the same for those who waited for it. A host [`Fault`] when the store
     /// cannot be written, [`Stop`] in the chain when the wait must end.
-    pub(super) fn get(
+    pub(crate) fn get(
         &self,
         key: &str,
         name: &str,
         deadline: &Deadline,
         events: &Events,
-        build: impl FnOnce(&Path, &Path) -> Result<Facts>,
-    ) -> Result<Entry> {
+        build: impl FnOnce(&Path, &Path) -> Result<K>,
+    ) -> Result<Entry<K>> {
         let started = Instant::now();
-        let ready = |entry: Entry, cached| {
-            events.emit(Event::ImageReady {
-                image: name.into(),
-                seconds: started.elapsed().as_secs_f64(),
-                cached,
-            });
+        let ready = |entry: Entry<K>, cached| {
+            events.emit(K::ready(name, started.elapsed().as_secs_f64(), cached));
             entry
         };
         if let Found::Entry(entry) = self.find(key, false)? {
@@ -169,21 +176,24 @@ impl Store {
             Found::Entry(entry) => return Ok(ready(*entry, true)),
             Found::Missing => {}
             Found::Damaged(why) => {
-                events.note(format!("image `{name}` in the store is damaged ({why}): building it anew"));
+                events
+                    .note(format!("{} `{name}` in the store is damaged ({why}): building it anew", K::NAME));
                 self.discard(key, &lock)?;
             }
         }
         if waited && let Some(error) = self.failure_since(key, began) {
-            let fault =
-                Fault::host(format!("image `{name}` was built by another process, which failed:\n{error}"));
+            let fault = Fault::host(format!(
+                "{} `{name}` was built by another process, which failed:\n{error}",
+                K::NAME
+            ));
             return Err(fault.fix("correct the cause, then start again").into());
         }
         let manifest = self.build(key, name, &lock, deadline, events, build)?;
         match self.find(key, true)? {
             Found::Entry(entry) => Ok(ready(*entry, false)),
-            Found::Missing => bail!(Fault::host(format!("image {} has vanished", manifest.key))),
+            Found::Missing => bail!(Fault::host(format!("{} {} has vanished", K::NAME, manifest.key))),
             Found::Damaged(why) => {
-                bail!(Fault::host(format!("image `{name}` is damaged right after its build: {why}")))
+                bail!(Fault::host(format!("{} `{name}` is damaged right after its build: {why}", K::NAME)))
             }
         }
     }
@@ -195,8 +205,8 @@ impl Store {
         lock: &BuildLock,
         deadline: &Deadline,
         events: &Events,
-        build: impl FnOnce(&Path, &Path) -> Result<Facts>,
-    ) -> Result<Manifest> {
+        build: impl FnOnce(&Path, &Path) -> Result<K>,
+    ) -> Result<Manifest<K>> {
         let (log, failed) = (self.path(key, "log"), self.path(key, "failed"));
         remove(&log)?;
         remove(&failed)?;
@@ -205,21 +215,18 @@ impl Store {
             .mode(0o700)
             .create(&dir)
             .with_context(|| Fault::host(format!("cannot make {}", dir.display())))?;
-        events.emit(Event::ImageBuildStarted { image: name.into(), log: log.display().to_string() });
+        events.emit(K::started(name, &log));
         let started = Instant::now();
         let result = build(&dir, &log).and_then(|facts| {
             let manifest = Manifest {
                 schema_version: SCHEMA,
                 name: name.into(),
-                recipe: facts.recipe.into(),
                 key: key.into(),
-                kernel_release: facts.kernel_release,
-                cmdline: facts.cmdline,
                 built_at: Timestamp::now(),
                 seconds: started.elapsed().as_secs_f64(),
                 shakedown_version: env!("CARGO_PKG_VERSION").into(),
-                files: records(&dir, deadline)?,
-                packages: facts.packages,
+                files: records(&dir, K::DIGESTS, deadline)?,
+                facts,
             };
             self.publish(&dir, &manifest, &log)?;
             Ok(manifest)
@@ -235,7 +242,7 @@ impl Store {
     }
 
     /// Makes the finished directory an entry, in one step that either happened or did not.
-    fn publish(&self, dir: &Path, manifest: &Manifest, log: &Path) -> Result<()> {
+    fn publish(&self, dir: &Path, manifest: &Manifest<K>, log: &Path) -> Result<()> {
         write_json(&dir.join(MANIFEST), manifest)?;
         let target = self.dir.join(&manifest.key);
         let publish = || -> io::Result<()> {
@@ -256,7 +263,7 @@ impl Store {
 
     /// Looks an entry up and takes it into use. `patient`: we hold its lock, so that nobody can be
     /// about to remove it, and a lock that is in the way is a glance of [`Self::list`].
-    fn find(&self, key: &str, patient: bool) -> Result<Found> {
+    fn find(&self, key: &str, patient: bool) -> Result<Found<K>> {
         let dir = self.dir.join(key);
         let path = dir.join(IN_USE);
         let cannot = || Fault::host(format!("cannot lock {}", path.display()));
@@ -300,7 +307,7 @@ impl Store {
     fn discard(&self, key: &str, lock: &BuildLock) -> Result<()> {
         let temporary = self.temporary(key, lock)?;
         fs::rename(self.dir.join(key), &temporary)
-            .with_context(|| Fault::host(format!("cannot remove image {key} from the store")))?;
+            .with_context(|| Fault::host(format!("cannot remove {} {key} from the store", K::NAME)))?;
         self.temporary(key, lock).map(drop)
     }
 
@@ -310,8 +317,7 @@ impl Store {
         if dir.exists() {
             (self.sweep)(&dir);
             refuse_mounts(&dir)?;
-            fs::remove_dir_all(&dir)
-                .with_context(|| Fault::host(format!("cannot remove {}", dir.display())))?;
+            remove_tree(&dir)?;
         }
         Ok(dir)
     }
@@ -333,7 +339,8 @@ impl Store {
                 .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
                 .collect()
         };
-        read().with_context(|| Fault::host(format!("cannot read the image store {}", self.dir.display())))
+        read()
+            .with_context(|| Fault::host(format!("cannot read the {} store {}", K::NAME, self.dir.display())))
     }
 
     fn path(&self, key: &str, suffix: &str) -> PathBuf {
@@ -385,11 +392,11 @@ impl Store {
             }
             if !waited {
                 let holder = self.holder(key);
-                events.note(format!("waiting for image `{name}`, which {holder} builds"));
+                events.note(format!("waiting for {} `{name}`, which {holder} builds", K::NAME));
                 waited = true;
             }
             deadline.check().with_context(|| {
-                Fault::host(format!("image `{name}` is still being built by {}", self.holder(key)))
+                Fault::host(format!("{} `{name}` is still being built by {}", K::NAME, self.holder(key)))
             })?;
             std::thread::sleep(deadline.slice(POLL));
         }
@@ -428,26 +435,47 @@ fn refuse_mounts(dir: &Path) -> Result<()> {
     }
 }
 
+/// What a build was killed with may still be on its way out, and writing.
+fn remove_tree(dir: &Path) -> Result<()> {
+    let limit = Deadline::after(Duration::from_secs(10), "removal of a build");
+    loop {
+        match fs::remove_dir_all(dir) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !dir.exists() => return Ok(()),
+            Err(error) => {
+                let writing =
+                    [io::ErrorKind::DirectoryNotEmpty, io::ErrorKind::NotFound, io::ErrorKind::ResourceBusy];
+                if limit.expired() || !writing.contains(&error.kind()) {
+                    return Err(error)
+                        .with_context(|| Fault::host(format!("cannot remove {}", dir.display())));
+                }
+                std::thread::sleep(limit.slice(POLL));
+            }
+        }
+    }
+}
+
 fn is_key(name: &str) -> bool {
     name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
-fn records(dir: &Path, deadline: &Deadline) -> Result<BTreeMap<String, FileRecord>> {
+fn records(dir: &Path, digests: bool, deadline: &Deadline) -> Result<BTreeMap<String, FileRecord>> {
     let mut files = BTreeMap::new();
     let broken = || Fault::host(format!("cannot read {}", dir.display()));
     for entry in fs::read_dir(dir).with_context(broken)? {
         let path = entry.with_context(broken)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let bytes = path.metadata().with_context(broken)?.len();
-        files.insert(name, FileRecord { bytes, sha256: digest::of_file(&path, deadline)? });
+        let sha256 = digests.then(|| digest::of_file(&path, deadline)).transpose()?;
+        files.insert(name, FileRecord { bytes, sha256 });
     }
     Ok(files)
 }
 
 /// Cheap, since it is done at each use: presence and sizes, not digests.
-fn verify(manifest: Manifest, key: &str, dir: &Path) -> Result<Manifest> {
+fn verify<K>(manifest: Manifest<K>, key: &str, dir: &Path) -> Result<Manifest<K>> {
     if manifest.schema_version != SCHEMA || manifest.key != key {
-        bail!("its manifest is of another image or version");
+        bail!("its manifest is of another one or of another version");
     }
     for (name, record) in &manifest.files {
         let found = dir.join(name).metadata().with_context(|| format!("no {name}"))?.len();

@@ -17,6 +17,12 @@ pub enum Event {
     ImageBuildProgress { phase: String, percent: Option<u8> },
     /// An image is in the store, built now (`cached: false`) or before.
     ImageReady { image: String, seconds: f64, cached: bool },
+    /// A machine is booted to be frozen; `log` is where its evidence is.
+    TemplateStarted { name: String, log: String },
+    /// A frozen machine is there, made now (`cached: false`) or before.
+    TemplateReady { name: String, seconds: f64, cached: bool },
+    /// A machine continues from a template and has answered.
+    Forked { seconds: f64 },
     /// Waiting for a slot among the machines that this host runs at once.
     SlotWait { limit: usize },
     /// QEMU is about to be started with this command line.
@@ -52,6 +58,12 @@ impl fmt::Display for Event {
                 let how = if *cached { "from the store" } else { "built" };
                 write!(f, "image {image} ready, {how} in {seconds:.3} s")
             }
+            Self::TemplateStarted { name, log } => write!(f, "booting a machine to fork from: {name}\n{log}"),
+            Self::TemplateReady { name, seconds, cached } => {
+                let how = if *cached { "from the store" } else { "made" };
+                write!(f, "template {name} ready, {how} in {seconds:.3} s")
+            }
+            Self::Forked { seconds } => write!(f, "forked in {seconds:.3} s"),
             Self::SlotWait { limit } => write!(f, "waiting: {limit} machines run already"),
             Self::QemuStarting { command } => {
                 let words: Vec<_> = command.iter().map(|word| process::quote(word)).collect();

@@ -71,7 +71,7 @@ struct Line<'a> {
 }
 
 impl Evidence {
-    pub(super) fn create(run: &Run, log_root: &Path, mut metadata: Metadata) -> Result<Self> {
+    pub(super) fn create(run: &Run, log_root: &Path, mut metadata: Metadata, ledger: Option<&Path>) -> Result<Self> {
         let started = Instant::now();
         let now = Utc::now();
         let (directory, attempt) = make_directory(run.directory(), &metadata.scenario)?;
@@ -103,10 +103,10 @@ impl Evidence {
             numbered: 0,
             problem: None,
             // Last: where there is a marker, there is all that a sweep needs.
-            marker: Some(Marker::set(log_root, &directory, run.ledger())?),
+            marker: Some(Marker::set(log_root, &directory, ledger)?),
             metadata,
         };
-        let ledger = run.ledger().map(Path::to_owned);
+        let ledger = ledger.map(Path::to_owned);
         Ok(Self(Arc::new(Inner { directory, ledger, started, state: Mutex::new(state) })))
     }
 

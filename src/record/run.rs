@@ -107,7 +107,16 @@ impl Run {
     /// # Errors
     /// A host [`Fault`](crate::fault::Fault) when its directory cannot be made.
     pub fn scenario(&self, name: &str, markers: &[&str]) -> Result<Evidence> {
-        Evidence::create(self, &self.environment.log_root, self.metadata(name, markers))
+        Evidence::create(self, &self.environment.log_root, self.metadata(name, markers), self.ledger())
+    }
+
+    /// As [`Run::scenario`] for something that is no scenario and has no ledger line: the boot of a
+    /// machine that scenarios shall fork from.
+    ///
+    /// # Errors
+    /// As [`Run::scenario`].
+    pub fn aside(&self, name: &str) -> Result<Evidence> {
+        Evidence::create(self, &self.environment.log_root, self.metadata(name, &[]), None)
     }
 
     /// Records scenarios that did not run (`ignored`, `deferred`): ledger lines and nothing else,

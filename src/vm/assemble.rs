@@ -1,18 +1,20 @@
 //! From what a scenario needs and what an image offers to a machine that can be started.
 //!
 //! Owns the files a machine writes to: blank disks, overlays, the UEFI variable store, the
-//! cloud-init seed. They live in the machine's scratch directory and die with it.
+//! cloud-init seed. They live in the machine's own directory and die with it. [`plan`] decides and
+//! touches nothing; [`Plan::make`] makes the files.
 
 use super::accel;
 use super::needs::{Bus, Firmware, Medium, Needs};
-use super::spec::{Attach, Drive, DriveFormat, KernelBoot, MachineSpec};
+use super::spec::{Attach, Drive, DriveFormat, KernelBoot, MachineSpec, Memory};
 use crate::deadline::Deadline;
 use crate::fault::Fault;
 use crate::host::firmware;
-use crate::image::{Image, ImageFormat, KeyEntry};
+use crate::image::{Image, ImageFormat, KeyEntry, prebuilt};
 use crate::process;
 use anyhow::{Context, Result};
 use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -30,47 +32,77 @@ pub struct HostParts {
 /// QEMU's own default address, so that the guest sees what users of plain QEMU see.
 const MAC: [u8; 6] = [0x52, 0x54, 0x00, 0x12, 0x34, 0x56];
 
-/// Makes the machine's files below `scratch` and says how to start it.
+/// A machine that is decided, and the files that it still lacks.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    pub(crate) spec: MachineSpec,
+    files: Vec<Own>,
+}
+
+/// A file of the machine's own, in its directory.
+#[derive(Clone, Debug)]
+struct Own {
+    name: String,
+    content: Content,
+}
+
+#[derive(Clone, Debug)]
+enum Content {
+    /// So many bytes that read as zeros.
+    Blank(u64),
+    /// A copy.
+    Copy(PathBuf),
+    /// Writes go here, reads of the rest to the base.
+    Overlay(PathBuf, ImageFormat),
+    /// A cloud-init seed with this key.
+    Seed(String),
+}
+
+/// Decides a machine whose files are in `dir`.
 ///
 /// `key` is the public key line that shall open root's account, where the image takes it at boot.
 ///
 /// # Errors
-/// A host [`Fault`] when the host lacks a part or a file cannot be made, and when the image does
-/// not boot the way that `needs` asks for.
-pub fn assemble(
+/// A host [`Fault`] when the host lacks a part, and when the image does not boot the way that
+/// `needs` asks for.
+pub(crate) fn plan(
     name: &str,
     needs: &Needs,
     image: &Image,
     host: &HostParts,
     key: &str,
-    scratch: &Path,
-    deadline: &Deadline,
-) -> Result<MachineSpec> {
-    let mut spec = MachineSpec {
-        name: name.to_owned(),
-        qemu: host.qemu.clone(),
-        accelerator: host.accelerator,
-        memory_mib: needs.memory_mib,
-        cpus: needs.cpus,
-        uefi: uefi(needs, image, scratch)?,
-        kernel: None,
-        drives: Vec::new(),
-        credentials: Vec::new(),
-        mac: MAC,
+    dir: &Path,
+) -> Result<Plan> {
+    let mut plan = Plan {
+        spec: MachineSpec {
+            name: name.to_owned(),
+            qemu: host.qemu.clone(),
+            accelerator: host.accelerator,
+            memory_mib: needs.memory_mib,
+            memory: Memory::Own,
+            cpus: needs.cpus,
+            uefi: None,
+            kernel: None,
+            drives: Vec::new(),
+            credentials: Vec::new(),
+            mac: MAC,
+            incoming: false,
+        },
+        files: Vec::new(),
     };
+    plan.firmware(needs, image, dir)?;
     let medium = medium(needs, image)?;
     if let (Medium::Kernel, Some(files)) = (medium, &image.kernel) {
-        spec.kernel = Some(KernelBoot {
+        plan.spec.kernel = Some(KernelBoot {
             kernel: files.kernel.clone(),
             initrd: files.initrd.clone(),
             cmdline: files.cmdline.clone(),
         });
     }
-    spec.drives.push(image_drive(medium, image, host, scratch, deadline)?);
+    plan.image(medium, image, dir);
     for (index, need) in needs.disks.iter().enumerate() {
-        let file = scratch.join(format!("disk{index}.raw"));
-        blank(&file, need.bytes)?;
-        spec.drives.push(Drive {
+        let file = plan.own(dir, format!("disk{index}.raw"), Content::Blank(need.bytes));
+        plan.spec.drives.push(Drive {
             file,
             format: DriveFormat::Raw,
             attach: Attach::Disk(need.bus),
@@ -80,11 +112,12 @@ pub fn assemble(
         });
     }
     match image.key {
-        KeyEntry::Smbios => spec.credentials.push(("ssh.authorized_keys.root".into(), key.as_bytes().to_vec())),
+        KeyEntry::Smbios => {
+            plan.spec.credentials.push(("ssh.authorized_keys.root".into(), key.as_bytes().to_vec()));
+        }
         KeyEntry::Nocloud => {
-            let file = scratch.join("seed.iso");
-            crate::image::prebuilt::nocloud_seed(key, &file, deadline)?;
-            spec.drives.push(Drive {
+            let file = plan.own(dir, "seed.iso".into(), Content::Seed(key.to_owned()));
+            plan.spec.drives.push(Drive {
                 file,
                 format: DriveFormat::Raw,
                 attach: Attach::Cdrom,
@@ -95,7 +128,7 @@ pub fn assemble(
         }
         KeyEntry::Console | KeyEntry::None => {}
     }
-    Ok(spec)
+    Ok(plan)
 }
 
 fn medium(needs: &Needs, image: &Image) -> Result<Medium> {
@@ -114,41 +147,100 @@ fn medium(needs: &Needs, image: &Image) -> Result<Medium> {
     }
 }
 
-fn uefi(needs: &Needs, image: &Image, scratch: &Path) -> Result<Option<firmware::Ovmf>> {
-    if !image.firmware.contains(&needs.firmware) {
-        return Err(Fault::host(format!("image `{}` does not boot under {:?}", image.name, needs.firmware))
-            .fix("change the scenario's `firmware`, or `firmware` in the image's settings")
-            .into());
+impl Plan {
+    fn own(&mut self, dir: &Path, name: String, content: Content) -> PathBuf {
+        let path = dir.join(&name);
+        self.files.push(Own { name, content });
+        path
     }
-    if needs.firmware == Firmware::Bios {
-        return Ok(None);
+
+    fn firmware(&mut self, needs: &Needs, image: &Image, dir: &Path) -> Result<()> {
+        if !image.firmware.contains(&needs.firmware) {
+            return Err(Fault::host(format!("image `{}` does not boot under {}", image.name, needs.firmware))
+                .fix("change the scenario's `firmware`, or `firmware` in the image's settings")
+                .into());
+        }
+        if needs.firmware == Firmware::Uefi {
+            let firmware::Ovmf { code, vars: template } = firmware::require()?;
+            let path = self.own(dir, "uefi-vars.fd".into(), Content::Copy(template.path));
+            let vars = firmware::Flash { path, format: template.format };
+            self.spec.uefi = Some(firmware::Ovmf { code, vars });
+        }
+        Ok(())
     }
-    let firmware::Ovmf { code, vars: template } = firmware::require()?;
-    let path = scratch.join("uefi-vars.fd");
-    std::fs::copy(&template.path, &path)
-        .with_context(|| Fault::host(format!("cannot copy {} to {}", template.path.display(), path.display())))?;
-    Ok(Some(firmware::Ovmf { code, vars: firmware::Flash { path, format: template.format } }))
+
+    fn image(&mut self, medium: Medium, image: &Image, dir: &Path) {
+        let (attach, boot) = match medium {
+            Medium::Kernel => (Attach::Cdrom, false),
+            Medium::Cdrom => (Attach::Cdrom, true),
+            Medium::Disk => (Attach::Disk(Bus::Virtio), true),
+        };
+        let (file, format, read_only) = if image.format == ImageFormat::Iso {
+            (image.file.clone(), DriveFormat::Raw, true)
+        } else {
+            let content = Content::Overlay(image.file.clone(), image.format);
+            (self.own(dir, "image.qcow2".into(), content), DriveFormat::Qcow2, false)
+        };
+        self.spec.drives.push(Drive { file, format, attach, serial: "image".into(), read_only, boot });
+    }
+
+    /// Makes the files in `dir`.
+    ///
+    /// # Errors
+    /// A host [`Fault`] that names the file.
+    pub(crate) fn make(&self, dir: &Path, host: &HostParts, deadline: &Deadline) -> Result<()> {
+        for Own { name, content } in &self.files {
+            let path = dir.join(name);
+            match content {
+                Content::Blank(bytes) => blank(&path, *bytes)?,
+                Content::Copy(from) => copy(from, &path)?,
+                Content::Overlay(base, format) => overlay(base, *format, &path, host, deadline)?,
+                Content::Seed(key) => prebuilt::nocloud_seed(key, &path, deadline)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the files in `dir` as a machine left them in `origin`: what it wrote stays below, and
+    /// cannot be changed from here.
+    ///
+    /// # Errors
+    /// A host [`Fault`] that names the file.
+    pub(crate) fn make_from(
+        &mut self,
+        origin: &Path,
+        dir: &Path,
+        host: &HostParts,
+        deadline: &Deadline,
+    ) -> Result<()> {
+        for Own { name, content } in &self.files {
+            let (path, left) = (dir.join(name), origin.join(name));
+            let below = match content {
+                Content::Blank(bytes) if is_untouched(&left)? => {
+                    blank(&path, *bytes)?;
+                    continue;
+                }
+                Content::Blank(_) => ImageFormat::Raw,
+                Content::Overlay(..) => ImageFormat::Qcow2,
+                Content::Copy(_) | Content::Seed(_) => {
+                    copy(&left, &path)?;
+                    continue;
+                }
+            };
+            overlay(&left, below, &path, host, deadline)?;
+            let drive = self.spec.drives.iter_mut().find(|drive| drive.file == path);
+            if let Some(drive) = drive {
+                drive.format = DriveFormat::Qcow2;
+            }
+        }
+        Ok(())
+    }
 }
 
-fn image_drive(
-    medium: Medium,
-    image: &Image,
-    host: &HostParts,
-    scratch: &Path,
-    deadline: &Deadline,
-) -> Result<Drive> {
-    let (attach, boot) = match medium {
-        Medium::Kernel => (Attach::Cdrom, false),
-        Medium::Cdrom => (Attach::Cdrom, true),
-        Medium::Disk => (Attach::Disk(Bus::Virtio), true),
-    };
-    let serial = "image".to_owned();
-    if image.format == ImageFormat::Iso {
-        return Ok(Drive { file: image.file.clone(), format: DriveFormat::Raw, attach, serial, read_only: true, boot });
-    }
-    let file = scratch.join("image.qcow2");
-    overlay(&image.file, image.format, &file, host, deadline)?;
-    Ok(Drive { file, format: DriveFormat::Qcow2, attach, serial, read_only: false, boot })
+/// A sparse file to which nothing was ever written: a new one is the same, and cheaper than an overlay.
+fn is_untouched(file: &Path) -> Result<bool> {
+    let blocks = file.metadata().with_context(|| Fault::host(format!("cannot look at {}", file.display())))?;
+    Ok(blocks.blocks() == 0)
 }
 
 /// A sparse file that reads as zeros.
@@ -158,8 +250,20 @@ fn blank(file: &Path, bytes: u64) -> Result<()> {
         .with_context(|| Fault::host(format!("cannot make a disk of {bytes} bytes at {}", file.display())))
 }
 
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    std::fs::copy(from, to)
+        .map(drop)
+        .with_context(|| Fault::host(format!("cannot copy {} to {}", from.display(), to.display())))
+}
+
 /// Writes go to `file`; `base` stays as it is.
-fn overlay(base: &Path, format: ImageFormat, file: &Path, host: &HostParts, deadline: &Deadline) -> Result<()> {
+fn overlay(
+    base: &Path,
+    format: ImageFormat,
+    file: &Path,
+    host: &HostParts,
+    deadline: &Deadline,
+) -> Result<()> {
     let format = if format == ImageFormat::Qcow2 { "qcow2" } else { "raw" };
     let mut command = Command::new(&host.qemu_img);
     command.args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]).arg(base).arg(file);

@@ -1,17 +1,18 @@
 //! A running machine, as a scenario holds it.
 //!
-//! Owns the order of a life: start, first console output, login prompt, SSH, work, power-off,
-//! evidence, end. Every wait in it ends when QEMU does.
+//! Owns the order of a life: power-on or fork, first console output, login prompt, SSH, work,
+//! power-off, evidence, end. Every wait in it ends when QEMU does.
 
-use super::assemble::{HostParts, assemble};
+use super::assemble::{self, HostParts, Plan};
 use super::diagnose;
 use super::needs::Needs;
 use super::qemu::{Qemu, Watch};
 use super::qmp::Qmp;
 use super::screen;
-use super::spec::MachineSpec;
+use super::spec::{MachineSpec, Memory};
+use super::template::{Frozen, Template};
 use crate::connection::ssh::Target;
-use crate::connection::{Cmd, Connection, ConnectionError, KeyPair, Output, Session, Ssh};
+use crate::connection::{Agent, Cmd, Connection, ConnectionError, KeyPair, Output, Session, Ssh};
 use crate::console::{Console, LoginProfile, Regex, Shell, WaitError};
 use crate::deadline::{Deadline, Stop};
 use crate::fault::Fault;
@@ -22,16 +23,23 @@ use anyhow::{Context, Result};
 use qapi::qmp;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 /// QEMU must be up and have greeted us in this time; it needs a tenth of a second.
 const QEMU_START: Duration = Duration::from_secs(30);
 /// A clean power-off under emulation takes two to five seconds.
 const POWER_OFF: Duration = Duration::from_secs(60);
 
+/// From the state to the guest's first answer; it takes half a second.
+const THAW: Duration = Duration::from_secs(30);
+/// An agent that runs answers in milliseconds; one that is still starting needs a few seconds.
+const AGENT: Duration = Duration::from_secs(10);
+
 /// What a machine is started with and where its evidence goes.
+#[derive(Clone)]
 pub struct Launch<'a> {
     /// Shown in process lists.
     pub name: &'a str,
@@ -49,8 +57,26 @@ pub struct Launch<'a> {
     pub login_timeout: Duration,
     /// Receives what the machine leaves behind.
     pub evidence: Evidence,
-    /// The machine's own files.
-    pub scratch: Scratch,
+    /// Below this directory the machine has one for its own files, while it runs.
+    pub machines: &'a Path,
+}
+
+/// Where a machine's own files are.
+#[derive(Debug)]
+pub(super) enum Workspace {
+    /// Gone with the machine.
+    Scratch(Scratch),
+    /// They stay, and become a template.
+    Template(PathBuf),
+}
+
+impl Workspace {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Scratch(scratch) => scratch.path(),
+            Self::Template(dir) => dir,
+        }
+    }
 }
 
 /// A running machine. Dropping it ends it.
@@ -59,9 +85,8 @@ pub struct Vm {
     ssh: Option<Ssh>,
     shell: Option<Shell>,
     console: Console,
+    agent: AgentPort,
     qmp: Qmp,
-    /// Kept open: a port on which nobody listens reads as closed to the guest.
-    _agent: UnixStream,
     qemu: Qemu,
     spec: MachineSpec,
     image: Image,
@@ -69,7 +94,21 @@ pub struct Vm {
     login_timeout: Duration,
     deadline: Deadline,
     evidence: Evidence,
-    scratch: Scratch,
+    workspace: Workspace,
+    /// What it continues from, which must stay while it runs.
+    _template: Option<Template>,
+}
+
+/// Our end of the guest agent's port. It is kept open also where nobody uses it: a port on which
+/// nobody listens reads as closed to the guest.
+#[derive(Debug)]
+enum AgentPort {
+    /// Not tried yet.
+    Open(UnixStream),
+    /// An agent answered.
+    Ready(Agent),
+    /// None answered.
+    Silent,
 }
 
 impl Vm {
@@ -81,8 +120,23 @@ impl Vm {
     /// console; a host [`Fault`] when QEMU cannot be started or is killed. The evidence is
     /// collected before the error is returned.
     pub fn start(launch: Launch<'_>, deadline: &Deadline) -> Result<Self> {
-        let mut vm = Self::power_on(launch, deadline)?;
-        match vm.become_usable() {
+        let workspace = Workspace::Scratch(Scratch::under(launch.machines)?);
+        Self::start_in(launch, workspace, Memory::Own, deadline)
+    }
+
+    pub(super) fn start_in(
+        launch: Launch<'_>,
+        workspace: Workspace,
+        memory: Memory,
+        deadline: &Deadline,
+    ) -> Result<Self> {
+        let mut plan = launch.plan(workspace.path())?;
+        plan.make(workspace.path(), launch.host, deadline)?;
+        plan.spec.memory = memory;
+        let spawn = launch.spawn_timeout;
+        let mut vm = Self::run(launch, plan.spec, workspace, None, deadline)?;
+        let usable = vm.hear(&deadline.within(spawn, "BOOT_IMAGE_VM_SPAWN_TIMEOUT"));
+        match usable.and_then(|()| vm.become_usable()) {
             Ok(()) => Ok(vm),
             Err(error) => {
                 diagnose::collect(&mut vm, false);
@@ -91,9 +145,63 @@ impl Vm {
         }
     }
 
-    fn power_on(launch: Launch<'_>, deadline: &Deadline) -> Result<Self> {
-        let Launch { name, needs, image, host, key, evidence, scratch, .. } = launch;
-        let spec = assemble(name, needs, image, host, &key.public_line(), scratch.path(), deadline)?;
+    /// Starts a machine that continues from `template`: in a fraction of a second, and with nothing
+    /// that any other fork did.
+    ///
+    /// Its clock is set and its random pool reseeded. MAC address, boot id and machine id are the
+    /// template's.
+    ///
+    /// # Errors
+    /// A host [`Fault`] when QEMU does not take the state, a machine [`Fault`] when the guest does
+    /// not answer afterwards.
+    pub fn fork(launch: Launch<'_>, template: Template, deadline: &Deadline) -> Result<Self> {
+        let begun = Instant::now();
+        let workspace = Workspace::Scratch(Scratch::under(launch.machines)?);
+        let mut plan = launch.plan(workspace.path())?;
+        plan.make_from(&template.dir, workspace.path(), launch.host, deadline)?;
+        plan.spec.memory = template.memory();
+        plan.spec.incoming = true;
+        let mut vm = Self::run(launch, plan.spec, workspace, Some(template.clone()), deadline)?;
+        match vm.thaw(&template, &deadline.within(THAW, "the start of a fork")) {
+            Ok(()) => {
+                vm.evidence.events().emit(Event::Forked { seconds: begun.elapsed().as_secs_f64() });
+                Ok(vm)
+            }
+            Err(error) => {
+                diagnose::collect(&mut vm, false);
+                Err(error)
+            }
+        }
+    }
+
+    fn thaw(&mut self, template: &Template, deadline: &Deadline) -> Result<()> {
+        if let Err(error) = template.thaw(&mut self.qmp, deadline) {
+            let fault = Fault::host(format!("QEMU does not take the template {}", template.dir.display()))
+                .fix("`shakedown template rm` it: it is made anew then");
+            return Err(self.add_obituary(anyhow::Error::new(error).context(fault)));
+        }
+        if let Some(token) = &template.frozen.shell {
+            let shell = self.console.resume(token, deadline);
+            self.shell = Some(shell.map_err(|error| self.add_obituary(error))?);
+        }
+        // The guest's clock stands where the template was frozen.
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let set = format!("date -u -s @{}.{:09} >/dev/null", now.as_secs(), now.subsec_nanos());
+        match self.ask(Cmd::new(set), deadline) {
+            Some(Ok(_)) => Ok(()),
+            Some(Err(error)) => Err(self.explain(error, "a fork does not answer")),
+            None => Err(Fault::host("a fork has neither agent nor shell").into()),
+        }
+    }
+
+    fn run(
+        launch: Launch<'_>,
+        spec: MachineSpec,
+        workspace: Workspace,
+        template: Option<Template>,
+        deadline: &Deadline,
+    ) -> Result<Self> {
+        let Launch { image, key, evidence, .. } = launch;
         let events = evidence.events();
         let logs = evidence.logs();
         let start = deadline.within(QEMU_START, "QEMU's own start");
@@ -106,13 +214,12 @@ impl Vm {
         evidence.update(|metadata| {
             metadata.qemu.get_or_insert_default().version = Some(qmp.version().to_owned());
         })?;
-        let spawn = deadline.within(launch.spawn_timeout, "BOOT_IMAGE_VM_SPAWN_TIMEOUT");
-        let mut vm = Self {
+        Ok(Self {
             ssh: None,
             shell: None,
             console,
+            agent: AgentPort::Open(channels.agent),
             qmp,
-            _agent: channels.agent,
             qemu,
             spec,
             image: image.clone(),
@@ -120,16 +227,18 @@ impl Vm {
             login_timeout: launch.login_timeout,
             deadline: deadline.clone(),
             evidence,
-            scratch,
-        };
-        if vm.image.login.is_some()
-            && let Err(error) = vm.console.first_output(&spawn)
-        {
-            let error = vm.explain(error, "nothing on the serial console");
-            diagnose::collect(&mut vm, false);
-            return Err(error);
+            workspace,
+            _template: template,
+        })
+    }
+
+    /// Waits for a sign of life, from an image that gives one.
+    fn hear(&mut self, deadline: &Deadline) -> Result<()> {
+        if self.image.login.is_none() {
+            return Ok(());
         }
-        Ok(vm)
+        let heard = self.console.first_output(deadline);
+        heard.map_err(|error| self.explain(error, "nothing on the serial console"))
     }
 
     fn become_usable(&mut self) -> Result<()> {
@@ -156,11 +265,11 @@ impl Vm {
         let watch = self.qemu.watch()?;
         let target = Target::new(addr, user, self.key.clone()).until(move || watch.gone());
         let connected = AtomicBool::new(false);
-        let (console, evidence) = (&mut self.console, &self.evidence);
+        let (mut console, evidence) = (self.console.reader(), &self.evidence);
         let prompt = self.image.login.as_ref().map(LoginProfile::prompt).transpose()?;
         let result = std::thread::scope(|scope| {
             if let Some(prompt) = &prompt {
-                scope.spawn(|| note_prompt(console, prompt, &connected, evidence, deadline));
+                scope.spawn(|| note_prompt(&mut console, prompt, &connected, evidence, deadline));
             }
             let result = Ssh::open(target, deadline);
             connected.store(true, Ordering::SeqCst);
@@ -178,16 +287,79 @@ impl Vm {
         }
     }
 
-    /// The machine over SSH, as root. Commands end with the scenario's deadline.
+    /// The machine over SSH, as root. Commands end with the scenario's deadline. A fork connects at
+    /// the first call.
     ///
     /// # Errors
-    /// A host [`Fault`] when the image has no SSH.
+    /// A host [`Fault`] when the image has no SSH, a machine [`Fault`] when it does not answer.
     pub fn ssh(&mut self) -> Result<Session<'_>> {
-        let ssh = self.ssh.as_mut().ok_or_else(|| {
-            Fault::host(format!("image `{}` has no way in by SSH", self.image.name))
+        if self.image.key == KeyEntry::None {
+            return Err(Fault::host(format!("image `{}` has no way in by SSH", self.image.name))
                 .fix("use vm.console(), or set `key` in the image's settings")
-        })?;
+                .into());
+        }
+        if self.ssh.is_none() {
+            self.connect(&self.deadline.within(self.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT"))?;
+        }
+        let ssh = self.ssh.as_mut().context(Fault::host("there is no SSH connection"))?;
         Ok(Session::new(ssh, self.deadline.clone(), self.evidence.events()))
+    }
+
+    /// The machine over its fastest channel: the guest agent where the image has it, else the serial
+    /// console. Needs neither network nor sshd, and says nothing about them.
+    ///
+    /// # Errors
+    /// A machine [`Fault`] when there is no agent and the login on the console does not succeed.
+    pub fn shell(&mut self) -> Result<Session<'_>> {
+        let deadline = self.deadline.within(AGENT, "the guest agent's first answer");
+        if self.agent(&deadline).is_none() {
+            return self.console();
+        }
+        let AgentPort::Ready(agent) = &mut self.agent else {
+            return Err(Fault::host("the guest agent is gone").into());
+        };
+        Ok(Session::new(agent, self.deadline.clone(), self.evidence.events()))
+    }
+
+    /// The guest agent, if one answers in time; it is asked once.
+    fn agent(&mut self, deadline: &Deadline) -> Option<&mut Agent> {
+        if let AgentPort::Open(_) = self.agent
+            && let AgentPort::Open(port) = std::mem::replace(&mut self.agent, AgentPort::Silent)
+        {
+            self.agent = Agent::open(port, deadline).map_or(AgentPort::Silent, AgentPort::Ready);
+        }
+        match &mut self.agent {
+            AgentPort::Ready(agent) => Some(agent),
+            _ => None,
+        }
+    }
+
+    /// Waits until the guest has come to rest, and finds the channel that its forks will use.
+    pub(super) fn settle(&mut self, frozen: &mut Frozen, deadline: &Deadline) -> Result<()> {
+        let started = "command -v systemctl >/dev/null || exit 0; systemctl is-system-running --wait";
+        let state = self.ssh()?.run(Cmd::new(started).allow_failure())?;
+        if !state.success() {
+            self.note(format!("the template's system is {}", state.trimmed()));
+        }
+        frozen.agent = self.agent(&deadline.within(AGENT, "the guest agent's first answer")).is_some();
+        if frozen.agent {
+            // What every fork will do first, so that it finds its pages warm.
+            self.shell()?.run("date -u -s @$(date +%s) >/dev/null; echo warm | cat")?;
+        } else {
+            self.log_in(deadline)?;
+            frozen.shell = self.shell.as_ref().map(|shell| shell.token().to_owned());
+        }
+        // The session ends before the freeze: its peer would be gone in every fork.
+        self.ssh = None;
+        self.qemu.wait_idle(deadline)
+    }
+
+    /// Stops the guest for good and gives what saves its state, with QEMU's version.
+    pub(super) fn into_frozen_state(mut self, deadline: &Deadline) -> Result<(Stopped, String)> {
+        self.qmp.execute(&qmp::stop {}, deadline).context(Fault::host("QEMU cannot stop the machine"))?;
+        let version = self.qmp.version().to_owned();
+        let Self { qmp, qemu, .. } = self;
+        Ok((Stopped { qmp, _qemu: qemu }, version))
     }
 
     /// The machine over its serial console, logged in as root. The first call logs in.
@@ -241,14 +413,7 @@ impl Vm {
         let deadline = self.deadline.within(POWER_OFF, "a clean power-off");
         let events = self.evidence.events();
         events.emit(Event::PowerOffRequested);
-        // A machine that is off already refuses the command; that is what was wanted.
-        if self.qemu.ended().is_none() {
-            let asked = self.qmp.execute(&qmp::system_powerdown {}, &deadline);
-            if asked.is_err() && self.qemu.ended().is_none() {
-                asked.context(Fault::host("QEMU cannot press the power button"))?;
-            }
-        }
-        let status = match self.qemu.wait(&deadline) {
+        let status = match self.press_until_off(&deadline) {
             Ok(status) => status,
             Err(error) => {
                 let screen = self.console.tail(10);
@@ -264,6 +429,25 @@ impl Vm {
             return Ok(());
         }
         Err(Fault::host(self.qemu.obituary()).into())
+    }
+
+    /// A guest that is still starting hears nothing of its button: it is pressed again.
+    fn press_until_off(&mut self, deadline: &Deadline) -> Result<ExitStatus> {
+        loop {
+            if let Some(status) = self.qemu.ended() {
+                return Ok(status);
+            }
+            let pressed = self.qmp.execute(&qmp::system_powerdown {}, deadline);
+            let attempt = deadline.within(Duration::from_secs(10), "one press of the power button");
+            match (self.qemu.wait(&attempt), pressed) {
+                (Ok(status), _) => return Ok(status),
+                (Err(error), Ok(_)) if deadline.check().is_err() => return Err(error),
+                (Err(_), Ok(_)) => {}
+                (Err(_), Err(error)) => {
+                    return Err(anyhow::Error::new(error).context(Fault::host("QEMU has no power button")));
+                }
+            }
+        }
     }
 
     /// True once QEMU has ended, for whatever reason.
@@ -301,7 +485,7 @@ impl Vm {
             Regex::new(pattern).with_context(|| Fault::host(format!("`{pattern}` is not a regular expression")))?;
         let deadline = self.deadline.within(timeout, "the wait for a text on the screen");
         loop {
-            let screen = screen::text(&mut self.qmp, self.scratch.path(), &deadline)
+            let screen = screen::text(&mut self.qmp, self.workspace.path(), &deadline)
                 .map_err(|error| self.add_obituary(error))?;
             if regex.is_match(screen.as_bytes()) {
                 return Ok(screen);
@@ -378,10 +562,14 @@ impl Vm {
         }
     }
 
-    /// The channel for questions about the machine's state: SSH, else a console that is logged in.
+    /// The channel for questions about the machine's state: SSH where it is there, else the agent,
+    /// else the console.
     pub(super) fn ask(&mut self, cmd: Cmd<'_>, deadline: &Deadline) -> Option<Result<Output, ConnectionError>> {
         if let Some(ssh) = &mut self.ssh {
             return Some(ssh.run(cmd, deadline));
+        }
+        if let Some(agent) = self.agent(&deadline.within(AGENT, "the guest agent's first answer")) {
+            return Some(agent.run(cmd, deadline));
         }
         if self.shell.is_none()
             && let Some(profile) = &self.image.login
@@ -409,6 +597,24 @@ impl Vm {
 
     pub(super) fn note(&self, text: impl Into<String>) {
         self.evidence.events().note(text);
+    }
+}
+
+/// A machine that stands still and is about to be saved.
+pub(super) struct Stopped {
+    qmp: Qmp,
+    _qemu: Qemu,
+}
+
+impl AsMut<Qmp> for Stopped {
+    fn as_mut(&mut self) -> &mut Qmp {
+        &mut self.qmp
+    }
+}
+
+impl Launch<'_> {
+    pub(super) fn plan(&self, dir: &Path) -> Result<Plan> {
+        assemble::plan(self.name, self.needs, self.image, self.host, &self.key.public_line(), dir)
     }
 }
 

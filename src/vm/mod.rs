@@ -9,6 +9,8 @@ pub mod qemu;
 pub mod qmp;
 mod screen;
 pub mod spec;
+pub mod template;
 
 pub use machine::{Launch, Vm};
+pub use template::Template;
 pub use needs::{Boot, Bus, DiskNeed, Firmware, Medium, Needs};

@@ -4,20 +4,18 @@
 //! client waits for ever, and a wait here must end with its deadline or with the machine.
 //! Protocol: <https://www.qemu.org/docs/master/interop/qmp-spec.html>.
 
+use crate::connection::json_lines::{JsonLines, LinesError};
 use crate::deadline::{Deadline, Stop};
-use crate::process::wait_readable;
 use qapi::qmp;
 use serde::Deserialize;
 use serde_json::Value;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 /// A control connection to one QEMU.
 #[derive(Debug)]
 pub struct Qmp {
-    stream: UnixStream,
-    received: Vec<u8>,
+    lines: JsonLines,
     events: Vec<String>,
     next_id: u64,
     version: String,
@@ -95,8 +93,8 @@ impl Qmp {
     /// # Errors
     /// [`QmpError::Closed`] when QEMU ended first: its standard error says why.
     pub fn open(stream: UnixStream, deadline: &Deadline) -> Result<Self, QmpError> {
-        stream.set_nonblocking(true)?;
-        let mut qmp = Self { stream, received: Vec::new(), events: Vec::new(), next_id: 1, version: String::new() };
+        let lines = JsonLines::new(stream)?;
+        let mut qmp = Self { lines, events: Vec::new(), next_id: 1, version: String::new() };
         loop {
             match qmp.message("greeting", deadline)? {
                 Message::Greeting { greeting: Greeting { version } } => {
@@ -155,9 +153,8 @@ impl Qmp {
     fn call(&mut self, name: &str, arguments: Value, deadline: &Deadline) -> Result<Value, QmpError> {
         let id = self.next_id;
         self.next_id += 1;
-        let mut line = serde_json::json!({ "execute": name, "arguments": arguments, "id": id }).to_string();
-        line.push('\n');
-        self.send(name, line.as_bytes(), deadline)?;
+        let request = serde_json::json!({ "execute": name, "arguments": arguments, "id": id });
+        self.lines.send(&request, deadline).map_err(|error| broken(name, error))?;
         loop {
             match self.message(name, deadline)? {
                 Message::Event { event } => self.events.push(event),
@@ -175,41 +172,18 @@ impl Qmp {
         }
     }
 
-    fn send(&mut self, name: &str, mut bytes: &[u8], deadline: &Deadline) -> Result<(), QmpError> {
-        while !bytes.is_empty() {
-            match self.stream.write(bytes) {
-                Ok(n) => bytes = &bytes[n..],
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    deadline.check().map_err(|stop| stopped(name, stop))?;
-                    // Commands are smaller than the socket's buffer: this is a QEMU that stands still.
-                    std::thread::sleep(deadline.slice(Duration::from_millis(10)));
-                }
-                Err(e) if e.kind() == io::ErrorKind::BrokenPipe => return Err(QmpError::Closed),
-                Err(e) => return Err(e.into()),
-            }
-        }
-        Ok(())
-    }
-
     fn message(&mut self, name: &str, deadline: &Deadline) -> Result<Message, QmpError> {
-        loop {
-            if let Some(end) = self.received.iter().position(|b| *b == b'\n') {
-                let line: Vec<u8> = self.received.drain(..=end).collect();
-                return serde_json::from_slice(&line).map_err(|e| protocol(name, e));
-            }
-            let mut chunk = [0; 4096];
-            match self.stream.read(&mut chunk) {
-                Ok(0) => return Err(QmpError::Closed),
-                Ok(n) => self.received.extend_from_slice(&chunk[..n]),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    deadline.check().map_err(|stop| stopped(name, stop))?;
-                    wait_readable(&self.stream, deadline.slice(Duration::from_millis(200)))
-                        .map_err(io::Error::other)?;
-                }
-                Err(e) if e.kind() == io::ErrorKind::ConnectionReset => return Err(QmpError::Closed),
-                Err(e) => return Err(e.into()),
-            }
-        }
+        let value = self.lines.receive(deadline).map_err(|error| broken(name, error))?;
+        serde_json::from_value(value).map_err(|error| protocol(name, error))
+    }
+}
+
+fn broken(command: &str, error: LinesError) -> QmpError {
+    match error {
+        LinesError::Closed => QmpError::Closed,
+        LinesError::NotJson(error) => protocol(command, error),
+        LinesError::Stopped(stop) => QmpError::Stopped { command: command.to_owned(), stop },
+        LinesError::Io(error) => QmpError::Io(error),
     }
 }
 
@@ -217,13 +191,11 @@ fn protocol(command: &str, what: impl ToString) -> QmpError {
     QmpError::Protocol { command: command.to_owned(), what: what.to_string() }
 }
 
-fn stopped(command: &str, stop: Stop) -> QmpError {
-    QmpError::Stopped { command: command.to_owned(), stop }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
+    use std::time::Duration;
 
     const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "Debian"}, "capabilities": ["oob"]}}
 "#;

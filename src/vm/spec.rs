@@ -27,6 +27,8 @@ pub struct MachineSpec {
     pub accelerator: accel::Kind,
     /// Memory in MiB.
     pub memory_mib: u32,
+    /// Where that memory is.
+    pub memory: Memory,
     /// Virtual CPUs.
     pub cpus: u32,
     /// The two flash chips of a UEFI machine, the variables its own; BIOS when absent.
@@ -39,6 +41,19 @@ pub struct MachineSpec {
     pub credentials: Vec<(String, Vec<u8>)>,
     /// The guest's only network card.
     pub mac: [u8; 6],
+    /// It continues from a saved state instead of being powered on.
+    pub incoming: bool,
+}
+
+/// Where a machine's memory is.
+#[derive(Clone, Debug)]
+pub enum Memory {
+    /// QEMU's own, gone with it.
+    Own,
+    /// A file that stays: of a machine that shall be frozen.
+    Shared(PathBuf),
+    /// The same file, copy-on-write: of a fork. What it does not write it shares with all others.
+    Private(PathBuf),
 }
 
 /// A kernel that QEMU loads itself.
@@ -96,9 +111,20 @@ impl MachineSpec {
         a.opt("-display", "none");
         a.opt("-machine", self.machine());
         a.opt("-accel", self.accelerator.as_str());
-        a.opt("-cpu", accel::CPU_MODEL);
+        a.opt("-cpu", self.accelerator.cpu());
         a.opt("-smp", self.cpus.to_string());
         a.opt("-m", format!("{}M", self.memory_mib));
+        if let Some((file, share)) = match &self.memory {
+            Memory::Own => None,
+            Memory::Shared(file) => Some((file, "on")),
+            Memory::Private(file) => Some((file, "off")),
+        } {
+            let (size, file) = (self.memory_mib, comma(file));
+            a.opt("-object", format!("memory-backend-file,id=ram,size={size}M,share={share},mem-path={file}"));
+        }
+        if self.incoming {
+            a.opt("-incoming", "defer");
+        }
         self.firmware(&mut a);
         if let Some(boot) = &self.kernel {
             a.opt("-kernel", &boot.kernel).opt("-initrd", &boot.initrd).opt("-append", &boot.cmdline);
@@ -125,6 +151,9 @@ impl MachineSpec {
     fn machine(&self) -> String {
         // No PS/2-over-VMware port; HPET costs timer exits and Linux has better clocks.
         let mut machine = String::from("q35,vmport=off,hpet=off");
+        if !matches!(self.memory, Memory::Own) {
+            machine.push_str(",memory-backend=ram");
+        }
         if self.uefi.is_some() {
             machine.push_str(",pflash0=uefi-code,pflash1=uefi-vars");
         }
@@ -156,6 +185,8 @@ impl MachineSpec {
         // For screenshots; firmware and text consoles need one too.
         a.opt("-device", "VGA");
         a.opt("-device", "virtio-rng-pci");
+        // Tells the guest that it is a copy, so that it reseeds its random pool.
+        a.opt("-device", "vmgenid,guid=auto");
         // Port 0: the kernel chooses, QMP tells which; nobody can take it in between.
         a.opt("-netdev", "user,id=net0,hostfwd=tcp:127.0.0.1:0-:22");
         let mac = self.mac.map(|b| format!("{b:02x}")).join(":");
@@ -232,12 +263,14 @@ mod tests {
             qemu: "/usr/bin/qemu-system-x86_64".into(),
             accelerator: accel::Kind::Tcg,
             memory_mib: 1024,
+            memory: Memory::Own,
             cpus: 2,
             uefi: None,
             kernel: None,
             drives,
             credentials: Vec::new(),
             mac: [0x52, 0x54, 0, 0x12, 0x34, 0x56],
+            incoming: false,
         }
     }
 
@@ -299,6 +332,16 @@ mod tests {
             line.contains("type=11,value=io.systemd.credential.binary:ssh.authorized_keys.root=c3NoLWVkMjU1MTkgQUFBQQ=="),
             "{line}"
         );
+    }
+
+    #[test]
+    fn a_fork_maps_the_memory_of_its_template_privately() {
+        let mut spec = spec(Vec::new());
+        spec.memory = Memory::Private("/t/ram".into());
+        spec.incoming = true;
+        let line = line(&spec);
+        assert!(line.contains("memory-backend-file,id=ram,size=1024M,share=off,mem-path=/t/ram"), "{line}");
+        assert!(line.contains(",memory-backend=ram") && line.contains("-incoming defer"), "{line}");
     }
 
     #[test]

@@ -59,9 +59,11 @@ impl Sshd {
         let key = KeyPair::load_or_create(&dir.path().join("client")).expect("a key");
         KeyPair::load_or_create(&dir.path().join("host")).expect("a host key");
         let path = dir.path().display();
+        // SHLVL keeps bash from the developer's own ~/.bashrc, which can be slow.
         let config = format!(
             "HostKey {path}/host/id_ed25519\nAuthorizedKeysFile {path}/authorized_keys\nStrictModes no\n\
-             UsePAM no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\nPidFile none\n{config}"
+             UsePAM no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\nPidFile none\n\
+             SetEnv SHLVL=1\n{config}"
         );
         fs::write(dir.path().join("config"), config).expect("written");
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
@@ -98,6 +100,12 @@ impl Sshd {
     /// How many connections came so far.
     pub(crate) fn accepted(&self) -> usize {
         self.shared.accepted.load(Ordering::SeqCst)
+    }
+
+    /// [`Sshd::accepted`], for who cannot borrow.
+    pub(crate) fn counter(&self) -> impl Fn() -> usize + Send + Sync + 'static {
+        let shared = Arc::clone(&self.shared);
+        move || shared.accepted.load(Ordering::SeqCst)
     }
 
     /// Kills the servers of all connections.

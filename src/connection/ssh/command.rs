@@ -118,7 +118,8 @@ impl<'a> Running<'a> {
             if self.channel.eof() && again(self.channel.wait_close())?.is_some() {
                 break;
             }
-            if !received && !sent {
+            // Reading one stream can have taken bytes of the other off the socket.
+            if !received && !sent && self.channel.read_window().available == 0 {
                 link.wait(deadline)?;
             }
         }
@@ -194,24 +195,25 @@ impl<'a> Running<'a> {
     fn try_kill(&mut self, link: &mut Link, deadline: &Deadline) -> Result<(), Failure> {
         let mut nobody = Collector::new(false, None);
         // The process id may be still to come, and what is half sent blocks the second channel.
-        let pid = loop {
+        while !self.channel.eof() && (self.stdout.pid.is_none() || link.half_sent()) {
             let received = self.receive(&mut nobody)?;
             if link.half_sent() {
                 self.send()?;
             }
-            match self.stdout.pid {
-                Some(pid) if !link.half_sent() => break pid,
-                _ if received => {}
-                _ => link.wait(deadline)?,
+            if !received {
+                link.wait(deadline)?;
             }
-        };
+        }
         // No end-of-file: the command could believe that its input is complete.
         self.stdin = None;
-        let channel = link.complete(deadline, Session::channel_session)?;
-        let mut killer = Running::new(channel, Box::new(io::empty()));
-        // A server that gave it no group of its own leaves the second way.
-        killer.start(link, &format!("kill -KILL -- -{pid} || kill -KILL {pid}"), deadline)?;
-        killer.pump(link, &mut nobody, deadline)?;
+        if let Some(pid) = self.stdout.pid {
+            let channel = link.complete(deadline, Session::channel_session)?;
+            let mut killer = Running::new(channel, Box::new(io::empty()));
+            // A server that gave it no group of its own leaves the second way.
+            let kill = format!("kill -s KILL -- -{pid} || kill -s KILL {pid}");
+            killer.start(link, &kill, deadline)?;
+            killer.pump(link, &mut nobody, deadline)?;
+        }
         self.pump(link, &mut nobody, deadline)?;
         Ok(())
     }

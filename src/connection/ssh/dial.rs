@@ -24,6 +24,7 @@ const MOST_PENDING: usize = 4;
 const FIRST_PATIENCE: Duration = Duration::from_secs(2);
 /// Key exchange, login and one command, on a guest that is emulated and busy.
 const HANDSHAKE: Duration = Duration::from_secs(30);
+const SILENT: &str = "connected, but the SSH server stayed silent";
 const SLICE: Duration = Duration::from_millis(100);
 
 /// Gets a session to `target` that has run a command, and the number of connections begun for it.
@@ -36,7 +37,9 @@ pub(super) fn dial(
 ) -> Result<(Link, u32), ConnectionError> {
     let mut knocks = Knocks::new(target.addr);
     loop {
-        let stop = match try_once(&mut knocks, target, host_key, deadline) {
+        let result = try_once(&mut knocks, target, host_key, deadline);
+        let gone = (target.gone)();
+        let stop = match result {
             Ok(Attempt::Usable(link)) => return Ok((link, knocks.attempts)),
             Ok(Attempt::Impostor) => {
                 return Err(target.transport(
@@ -44,13 +47,14 @@ pub(super) fn dial(
                 ));
             }
             Err(Knock::Problem { what, refused }) => {
-                knocks.failed(what, refused);
+                // What a machine that is gone does to connections tells nothing.
+                if gone.is_none() {
+                    knocks.failed(what, refused);
+                }
                 deadline.check().err()
             }
             Err(Knock::Stop(stop)) => Some(stop),
         };
-        // A machine that is gone explains whatever else went wrong.
-        let gone = (target.gone)();
         if gone.is_some() || stop.is_some() {
             let why = gone.unwrap_or_else(|| "SSH is not usable".into());
             let source = stop.map(|stop| Box::new(stop) as _);
@@ -159,7 +163,7 @@ impl Knocks {
         self.next = Instant::now() + if self.attempts == 1 { FIRST_PATIENCE } else { apart };
         if self.pending.len() == MOST_PENDING {
             self.pending.pop_front();
-            self.last = Some("connected, but the SSH server stayed silent".into());
+            self.last = Some(SILENT.into());
         }
         self.pending.push_back(begin_connect(self.addr)?);
         Ok(())
@@ -206,8 +210,11 @@ impl Knocks {
         if self.refusals > 0 {
             text += &format!(", {} of them with the login refused", self.refusals);
         }
-        let silent = "connected, but the SSH server stayed silent";
-        format!("{text}; the last problem: {}", self.last.as_deref().unwrap_or(silent))
+        match &self.last {
+            Some(last) => text + "; the last problem: " + last,
+            None if self.pending.is_empty() => text,
+            None => text + "; the last problem: " + SILENT,
+        }
     }
 }
 

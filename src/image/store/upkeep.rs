@@ -1,6 +1,6 @@
 //! What the store has, and getting rid of it.
 
-use super::{IN_USE, MANIFEST, Manifest, Store, is_key};
+use super::{IN_USE, Kind, MANIFEST, Manifest, Store, is_key};
 use crate::fault::Fault;
 use crate::nearest;
 use crate::record::files::{read_json, remove};
@@ -14,10 +14,10 @@ use std::time::Duration;
 
 /// An entry, as a list shows it.
 #[derive(Clone, Debug, Serialize)]
-pub struct Stored {
+pub struct Stored<K> {
     /// What it is.
     #[serde(flatten)]
-    pub manifest: Manifest,
+    pub manifest: Manifest<K>,
     /// Where it is.
     pub path: PathBuf,
     /// The space it takes.
@@ -28,21 +28,21 @@ pub struct Stored {
     pub in_use: bool,
 }
 
-impl Store {
+impl<K: Kind> Store<K> {
     /// All entries, last used first. What is damaged is not among them.
     ///
     /// # Errors
     /// When the directory cannot be read.
-    pub fn list(&self) -> Result<Vec<Stored>> {
-        let mut list: Vec<Stored> =
+    pub fn list(&self) -> Result<Vec<Stored<K>>> {
+        let mut list: Vec<Stored<K>> =
             self.names()?.iter().filter(|name| is_key(name)).filter_map(|key| self.stored(key)).collect();
         list.sort_by(|a, b| b.used_at.cmp(&a.used_at).then_with(|| a.manifest.key.cmp(&b.manifest.key)));
         Ok(list)
     }
 
-    fn stored(&self, key: &str) -> Option<Stored> {
+    fn stored(&self, key: &str) -> Option<Stored<K>> {
         let path = self.dir.join(key);
-        let manifest: Manifest = read_json(&path.join(MANIFEST)).ok()?;
+        let manifest: Manifest<K> = read_json(&path.join(MANIFEST)).ok()?;
         let file = File::open(path.join(IN_USE)).ok()?;
         let used_at = Timestamp::try_from(file.metadata().ok()?.modified().ok()?).ok()?;
         let bytes = fs::read_dir(&path)
@@ -58,20 +58,21 @@ impl Store {
     ///
     /// # Errors
     /// A host [`Fault`] when there is none, or one is in use.
-    pub fn rm(&self, name: &str) -> Result<Vec<Stored>> {
+    pub fn rm(&self, name: &str) -> Result<Vec<Stored<K>>> {
         let list = self.list()?;
-        let by_key = |entry: &Stored| name.len() >= 8 && entry.manifest.key.starts_with(name);
+        let by_key = |entry: &Stored<K>| name.len() >= 8 && entry.manifest.key.starts_with(name);
         let matching: Vec<_> =
             list.iter().filter(|e| e.manifest.name == name || by_key(e)).cloned().collect();
         if matching.is_empty() {
             let known: Vec<_> = list.iter().map(|entry| entry.manifest.name.as_str()).collect();
             let hint = nearest::hint(name, known.iter().copied());
-            return Err(Fault::host(format!("no image `{name}` in the store{hint}")).into());
+            return Err(Fault::host(format!("no {} `{name}` in the store{hint}", K::NAME)).into());
         }
         for entry in &matching {
             if !self.remove(&entry.manifest.key)? {
                 return Err(Fault::host(format!(
-                    "image `{}` ({}) is in use",
+                    "{} `{}` ({}) is in use",
+                    K::NAME,
                     entry.manifest.name,
                     entry.path.display()
                 ))
@@ -87,7 +88,7 @@ impl Store {
     ///
     /// # Errors
     /// When the store cannot be changed.
-    pub fn prune(&self, older_than: Option<Duration>, max_bytes: Option<u64>) -> Result<Vec<Stored>> {
+    pub fn prune(&self, older_than: Option<Duration>, max_bytes: Option<u64>) -> Result<Vec<Stored<K>>> {
         let mut kept = self.list()?;
         let mut total: u64 = kept.iter().map(|entry| entry.bytes).sum();
         let mut removed = Vec::new();

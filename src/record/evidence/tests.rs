@@ -69,7 +69,7 @@ fn a_life_becomes_timings_logs_and_a_ledger_line() {
     assert_eq!(kept, record);
 
     let log = fs::read_to_string(evidence.directory().join("logs/harness.log")).expect("reads");
-    assert!(log.contains("] QEMU started, pid 7\n    qemu-system-x86_64 -m 'a b'\n"), "{log}");
+    assert!(log.contains("] starting QEMU\n    qemu-system-x86_64 -m 'a b'\n"), "{log}");
     assert!(log.contains("] first line\n    second line\\u{1b}[2J\n"), "{log}");
     let text = fs::read_to_string(evidence.directory().join("events.jsonl")).expect("reads");
     let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
