@@ -174,3 +174,43 @@ fn ctrl_c_ends_it_and_its_children_with_130() {
     assert_eq!(doctor.wait().expect("ends").code(), Some(130));
     assert!(!Path::new("/proc").join(child).exists(), "the child is gone");
 }
+
+#[test]
+fn an_empty_store_of_templates_is_an_empty_list() {
+    let cache = dir();
+    let json = |arguments: &[&str]| {
+        let output = shakedown(cache.path()).arg("template").args(arguments).output().expect("runs");
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice::<Value>(&output.stdout).expect("JSON")
+    };
+    assert_eq!(json(&["list", "--json"]), Value::Array(Vec::new()));
+    let prune = ["prune", "--older-than", "7d", "--max-size", "4G", "--json"];
+    assert_eq!(json(&prune), Value::Array(Vec::new()));
+    let output = shakedown(cache.path()).args(["template", "rm", "debian"]).output().expect("runs");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text.contains("no template `debian` in the store"), "{text}");
+}
+
+#[test]
+fn a_command_that_could_not_run_is_told_from_one_that_failed() {
+    let (cache, project) = (dir(), dir());
+    let run = |arguments: &[&str]| {
+        let mut command = shakedown(cache.path());
+        let output = command.current_dir(project.path()).args(["vm", "run"]).args(arguments).output();
+        let output = output.expect("runs");
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (status, text) = run(&["--image", "vendor.iso", "--", "true"]);
+    assert_eq!(status, Some(125), "{text}");
+    assert!(text.contains("unknown image `vendor.iso`") && text.contains("evidence: notes/"), "{text}");
+    let (status, text) = run(&["--image", "./vendor.iso", "--", "true"]);
+    assert_eq!(status, Some(125), "{text}");
+    assert!(text.contains("there is no image") && text.contains("vendor.iso"), "{text}");
+    for wrong in
+        [&["--disk", "0"][..], &["--cpus", "256"], &["--firmware", "bois"], &["--timeout", "0s"], &[]]
+    {
+        let (status, text) = run(&[wrong, &["--"]].concat());
+        assert_eq!(status, Some(2), "{wrong:?}: {text}");
+    }
+}

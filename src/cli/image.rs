@@ -2,20 +2,15 @@
 
 use super::Verdict;
 use super::progress::Progress;
-use super::table::Table;
-use super::terminal::{self, Paint};
-use anyhow::{Context, Result, bail};
-use jiff::{Span, SpanRelativeTo, Timestamp, Unit};
+use super::project::Project;
+use super::terminal;
+use super::upkeep::{Column, Upkeep};
+use anyhow::Result;
 use serde_json::json;
 use shakedown::deadline::Deadline;
-use shakedown::harness::Settings;
 use shakedown::host;
-use shakedown::image::store::{Store, Stored};
 use shakedown::image::{Built, Images};
-use shakedown::record::Environment;
 use shakedown::record::event::Events;
-use std::io;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// A build takes one to two minutes, a slow mirror some more.
@@ -38,62 +33,24 @@ enum Action {
         #[arg(long)]
         json: bool,
     },
-    /// List what the store has, last used first
-    List {
-        /// Print one JSON array
-        #[arg(long)]
-        json: bool,
-    },
-    /// Remove what was not used for long; never what is in use
-    Prune {
-        /// Not used for this long, such as `12h` or `30d`
-        #[arg(long, value_name = "TIME", value_parser = age, default_value = "30d")]
-        older_than: Duration,
-        /// And then, last used first, what the store has beyond this size, such as `5G`
-        #[arg(long, value_name = "SIZE", value_parser = size)]
-        max_size: Option<u64>,
-        /// Print one JSON array of what was removed
-        #[arg(long)]
-        json: bool,
-    },
-    /// Remove images
-    Rm {
-        /// The name of an image, or at least 8 characters of its key
-        #[arg(required = true)]
-        names: Vec<String>,
-        /// Print one JSON array of what was removed
-        #[arg(long)]
-        json: bool,
-    },
+    #[command(flatten)]
+    Upkeep(Upkeep),
 }
+
+const COLUMN: Column<Built> = Column { header: "KERNEL", text: |built| built.kernel_release.clone() };
 
 impl Image {
     pub(super) fn run(self) -> Result<Verdict> {
         match self.action {
-            Action::Build { name, json } => build(name.as_deref(), json)?,
-            Action::List { json } => show(&store()?.list()?, json, "The store is empty")?,
-            Action::Prune { older_than, max_size, json } => {
-                show(&store()?.prune(Some(older_than), max_size)?, json, "Nothing to remove")?;
-            }
-            Action::Rm { names, json } => {
-                let store = store()?;
-                let mut removed = Vec::new();
-                for name in &names {
-                    removed.extend(store.rm(name)?);
-                }
-                show(&removed, json, "Nothing to remove")?;
-            }
+            Action::Build { name, json } => build(name.as_deref(), json).map(|()| Verdict::Fine),
+            Action::Upkeep(upkeep) => upkeep.run(&Images::store_in(&host::cache_dir()?)?, &COLUMN),
         }
-        Ok(Verdict::Fine)
     }
 }
 
-fn store() -> Result<Store<Built>> {
-    Images::store_in(&host::cache_dir()?)
-}
-
 fn build(name: Option<&str>, as_json: bool) -> Result<()> {
-    let images = images()?;
+    let Project { environment, settings } = Project::here()?;
+    let images = Images::new(host::cache_dir()?, &environment, &settings.image, &settings.images)?;
     let progress = Progress::new();
     let begun = Instant::now();
     let result =
@@ -115,89 +72,4 @@ fn build(name: Option<&str>, as_json: bool) -> Result<()> {
         }));
     }
     terminal::print(&format!("{}\n", image.file.display()))
-}
-
-/// The images of the project that the current directory is in.
-fn images() -> Result<Images> {
-    let here = std::env::current_dir().context("cannot tell the current directory")?;
-    let project = here.ancestors().find(|dir| dir.join("Cargo.toml").is_file());
-    let settings = match project {
-        Some(dir) => {
-            let manifest = dir.join("Cargo.toml");
-            let text = std::fs::read_to_string(&manifest)
-                .with_context(|| format!("cannot read {}", manifest.display()))?;
-            Settings::parse(&text)?
-        }
-        None => Settings::default(),
-    };
-    let environment = Environment::read(project.unwrap_or(Path::new(&here)))?;
-    Images::new(host::cache_dir()?, &environment, &settings.image, &settings.images)
-}
-
-fn show(list: &[Stored<Built>], as_json: bool, empty: &str) -> Result<()> {
-    if as_json {
-        return terminal::print_json(&list);
-    }
-    if list.is_empty() {
-        terminal::say(empty);
-        return Ok(());
-    }
-    let mut table = Table::new(["NAME", "KEY", "SIZE", "BUILT", "LAST USED", "KERNEL", ""]);
-    for entry in list {
-        let manifest = &entry.manifest;
-        table.row([
-            manifest.name.as_str().into(),
-            manifest.key[..manifest.key.len().min(12)].into(),
-            format!("{} MiB", entry.bytes >> 20).into(),
-            ago(manifest.built_at).into(),
-            ago(entry.used_at).into(),
-            manifest.facts.kernel_release.as_str().into(),
-            if entry.in_use { "in use" } else { "" }.into(),
-        ]);
-    }
-    terminal::print(&table.render(Paint::of(&io::stdout())))
-}
-
-fn ago(time: Timestamp) -> String {
-    let minutes = Timestamp::now().duration_since(time).as_mins().max(0);
-    match minutes {
-        0 => "just now".into(),
-        1..=119 => format!("{minutes} min ago"),
-        120..=2879 => format!("{} h ago", minutes / 60),
-        _ => format!("{} days ago", minutes / (24 * 60)),
-    }
-}
-
-fn age(text: &str) -> Result<Duration> {
-    let span: Span = text.parse().context("write it like `12h` or `30d`")?;
-    let seconds = span.total((Unit::Second, SpanRelativeTo::days_are_24_hours()))?;
-    Duration::try_from_secs_f64(seconds).context("it must not be negative")
-}
-
-fn size(text: &str) -> Result<u64> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift = match &text[digits.len()..] {
-        "" => 0,
-        "K" | "KiB" => 10,
-        "M" | "MiB" => 20,
-        "G" | "GiB" => 30,
-        "T" | "TiB" => 40,
-        _ => bail!("write it like `500M` or `5G`"),
-    };
-    let number: u64 = digits.parse().context("write it like `500M` or `5G`")?;
-    number.checked_mul(1 << shift).context("it is too large")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ages_and_sizes_are_read_strictly() {
-        assert_eq!(age("30d").expect("reads"), Duration::from_secs(30 * 24 * 3600));
-        assert_eq!(age("90m").expect("reads"), Duration::from_secs(90 * 60));
-        assert!(["", "30", "-3d", "x"].iter().all(|text| age(text).is_err()));
-        assert_eq!((size("5G").expect("reads"), size("500").expect("reads")), (5 << 30, 500));
-        assert!(["", "G", "5g", "-1", "99999999999T"].iter().all(|text| size(text).is_err()));
-    }
 }

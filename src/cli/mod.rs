@@ -9,8 +9,13 @@ mod doctor;
 mod image;
 mod ledger;
 mod progress;
+mod project;
 mod table;
+mod template;
 mod terminal;
+mod upkeep;
+mod value;
+mod vm;
 
 use clap::{Parser, Subcommand};
 use shakedown::deadline::Stop;
@@ -31,6 +36,8 @@ enum Command {
     Demo(demo::Demo),
     Doctor(doctor::Doctor),
     Image(image::Image),
+    Template(template::Template),
+    Vm(vm::Vm),
     Ledger(ledger::Ledger),
     Bench(bench::Bench),
 }
@@ -73,23 +80,32 @@ Exit status:
 enum Verdict {
     Fine,
     NotFine,
+    /// The exit status of somebody else.
+    Status(u8),
 }
 
 /// Reads the command line, does it, and says how it went.
 pub(crate) fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let result = process::handle_signals().and_then(|()| match cli.command {
+    let Cli { command } = Cli::parse();
+    let otherwise = match &command {
+        Command::Vm(vm) => vm.error_status(),
+        _ => 1,
+    };
+    let result = process::handle_signals().and_then(|()| match command {
         Command::Demo(demo) => demo.run(),
         Command::Doctor(doctor) => doctor.run(),
         Command::Image(image) => image.run(),
+        Command::Template(template) => template.run(),
+        Command::Vm(vm) => vm.run(),
         Command::Ledger(ledger) => ledger.run(),
         Command::Bench(bench) => bench.run(),
     });
     match result {
         Ok(Verdict::Fine) => ExitCode::SUCCESS,
         Ok(Verdict::NotFine) => ExitCode::from(1),
+        Ok(Verdict::Status(status)) => ExitCode::from(status),
         Err(error) => {
-            let status = status_of(&error);
+            let status = status_of(&error, otherwise);
             match status {
                 BROKEN_PIPE => {}
                 // What broke because of it is no news.
@@ -107,7 +123,8 @@ const INTERRUPTED: u8 = 130;
 /// `shakedown doctor | head -1`.
 const BROKEN_PIPE: u8 = 141;
 
-fn status_of(error: &anyhow::Error) -> u8 {
+/// `otherwise`: of what has no status of its own.
+fn status_of(error: &anyhow::Error, otherwise: u8) -> u8 {
     let broken_pipe = |e: &(dyn std::error::Error + 'static)| {
         e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
     };
@@ -118,7 +135,7 @@ fn status_of(error: &anyhow::Error) -> u8 {
     } else if error.chain().any(|e| e.is::<host::setting::Invalid>()) {
         2
     } else {
-        1
+        otherwise
     }
 }
 
@@ -137,7 +154,7 @@ mod tests {
     #[test]
     fn exit_statuses_tell_usage_from_faults() {
         let invalid = host::setting::Invalid { name: "X", value: "y".into(), wants: "z".into() };
-        let status = |error: Result<()>| status_of(&error.expect_err("an error"));
+        let status = |error: Result<()>| status_of(&error.expect_err("an error"), 1);
         assert_eq!(status(Err(invalid).context(Fault::host("reading settings"))), 2);
         assert_eq!(status(Err(Fault::host("no tool").into())), 1);
         assert_eq!(status(Err(Stop::Interrupted).context("waiting")), INTERRUPTED);

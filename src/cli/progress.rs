@@ -13,12 +13,24 @@ pub(super) struct Progress(Arc<Inner>);
 
 struct Inner {
     bar: Option<ProgressBar>,
+    /// Where there is no bar, says only what takes long.
+    brief: bool,
     last: Mutex<String>,
 }
 
 impl Progress {
     /// Moves on standard error when that is a terminal.
     pub(super) fn new() -> Self {
+        Self::with(false)
+    }
+
+    /// As [`Progress::new`], but lines only for what takes long: for commands whose standard error is
+    /// somebody else's.
+    pub(super) fn brief() -> Self {
+        Self::with(true)
+    }
+
+    fn with(brief: bool) -> Self {
         let bar = terminal::interactive().then(|| {
             let bar = ProgressBar::new_spinner();
             if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed:>4} {wide_msg}") {
@@ -27,7 +39,7 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(100));
             bar
         });
-        Self(Arc::new(Inner { bar, last: Mutex::new(String::new()) }))
+        Self(Arc::new(Inner { bar, brief, last: Mutex::new(String::new()) }))
     }
 
     /// Takes the moving line away.
@@ -45,6 +57,7 @@ impl Observer for Progress {
         let line = text.lines().next().unwrap_or_default().to_owned();
         match &self.0.bar {
             Some(bar) => bar.set_message(line),
+            None if self.0.brief && !is_long(event) => {}
             None => {
                 let line = match event {
                     // A log needs no percentages.
@@ -60,4 +73,9 @@ impl Observer for Progress {
             }
         }
     }
+}
+
+/// What one waits for so long that one wants to know why.
+fn is_long(event: &Event) -> bool {
+    matches!(event, Event::ImageBuildStarted { .. } | Event::TemplateStarted { .. } | Event::SlotWait { .. })
 }

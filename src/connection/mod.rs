@@ -30,7 +30,7 @@ pub struct Cmd<'a> {
     /// Given to `/bin/sh -c` as it is.
     pub line: String,
     /// What standard input reads, to its end. A read must not block: it runs in the loop that also
-    /// takes the output.
+    /// takes the output. Over SSH it may say that nothing is there yet (`WouldBlock`).
     pub stdin: Box<dyn Read + 'a>,
     /// A limit of its own, inside the connection's deadline.
     pub timeout: Option<Duration>,
@@ -309,6 +309,17 @@ impl std::fmt::Display for Exit {
     }
 }
 
+impl Exit {
+    /// As a shell reports it in `$?`: the status, or 128 and the number of the signal.
+    pub fn status(&self) -> i32 {
+        match self {
+            Self::Code(code) => *code,
+            // The first 64 are all that Linux has (signal(7)); an unknown name stays above 128.
+            Self::Signal(name) => 128 + (1..=64).find(|n| signal_name(*n) == *name).unwrap_or(0),
+        }
+    }
+}
+
 /// The name of a signal as [`Exit::Signal`] has it; its number where it has no name.
 pub(crate) fn signal_name(number: i32) -> String {
     match signal_hook::low_level::signal_name(number) {
@@ -323,4 +334,22 @@ fn tail(stderr: &[u8]) -> String {
     let lines: Vec<_> = text.trim_end().lines().collect();
     let last = lines[lines.len().saturating_sub(5)..].join("\n  ");
     if last.is_empty() { String::new() } else { format!("\n  {last}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exit_is_what_a_shell_says() {
+        for (exit, status) in [
+            (Exit::Code(3), 3),
+            (Exit::Signal("KILL".into()), 137),
+            (Exit::Signal("TERM".into()), 143),
+            (Exit::Signal("40".into()), 168),
+            (Exit::Signal("unheard of".into()), 128),
+        ] {
+            assert_eq!(exit.status(), status, "{exit}");
+        }
+    }
 }

@@ -22,6 +22,7 @@
 //! not begun is recorded as `interrupted`.
 
 mod command_line;
+mod errand;
 mod marker;
 mod panics;
 mod progress;
@@ -32,6 +33,7 @@ mod stage;
 mod trial;
 mod verdict;
 
+pub use errand::Errand;
 pub use marker::BUILT_IN as BUILT_IN_MARKERS;
 pub use scenario::{Body, IntoResult, SCENARIOS, Scenario, without_crate};
 pub use settings::Settings;

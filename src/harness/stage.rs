@@ -86,15 +86,23 @@ impl Run {
 
     /// Writes down that a scenario begins, before it does.
     pub(super) fn open(self: &Arc<Self>, scenario: &Scenario) -> Result<Stage> {
-        let evidence = self.record()?.scenario(scenario.name, scenario.markers)?;
+        Ok(self.stage(self.record()?.scenario(scenario.name, scenario.markers)?))
+    }
+
+    /// As [`Run::open`] for something that is no scenario: it gets no ledger line.
+    pub(super) fn open_aside(self: &Arc<Self>, name: &str) -> Result<Stage> {
+        Ok(self.stage(self.record()?.aside(name)?))
+    }
+
+    fn stage(self: &Arc<Self>, evidence: Evidence) -> Stage {
         evidence.watched_by(self.watcher.clone());
-        Ok(Stage {
+        Stage {
             run: Arc::clone(self),
             events: evidence.events(),
             evidence,
             prepared: Mutex::new(None),
             watch: Mutex::new(None),
-        })
+        }
     }
 
     fn images(&self) -> Result<&Images> {

@@ -22,6 +22,15 @@ pub(crate) enum Phase {
     Body,
 }
 
+impl Phase {
+    fn unblamed(self) -> Outcome {
+        match self {
+            Self::Setup => Outcome::Error,
+            Self::Body => Outcome::Failed,
+        }
+    }
+}
+
 impl Verdict {
     pub(crate) fn new(outcome: Outcome, message: impl Into<String>) -> Self {
         Self { outcome, message: message.into() }
@@ -29,25 +38,24 @@ impl Verdict {
 
     /// Judges the end of a phase: `Err` is the message of a panic.
     pub(crate) fn of(phase: Phase, result: Result<Result<()>, String>) -> Self {
-        let unblamed = match phase {
-            Phase::Setup => Outcome::Error,
-            Phase::Body => Outcome::Failed,
-        };
         match result {
-            Ok(Ok(())) => Self::new(Outcome::Passed, ""),
-            Ok(Err(error)) => {
-                let outcome = match blame(&error) {
-                    _ if process::interrupted() || interrupted(&error) => Outcome::Interrupted,
-                    Some(Blame::Machine) => Outcome::Failed,
-                    Some(Blame::Host) => Outcome::Error,
-                    None => unblamed,
-                };
-                Self::new(outcome, explain(&error))
-            }
+            Ok(result) => Self::of_result(phase, &result),
             // A panic when everything is being torn down says nothing about the machine.
             Err(message) if process::interrupted() => Self::new(Outcome::Interrupted, message),
-            Err(message) => Self::new(unblamed, message),
+            Err(message) => Self::new(phase.unblamed(), message),
         }
+    }
+
+    /// Judges the end of a phase that did not panic.
+    pub(crate) fn of_result<T>(phase: Phase, result: &Result<T>) -> Self {
+        let Err(error) = result else { return Self::new(Outcome::Passed, "") };
+        let outcome = match blame(error) {
+            _ if process::interrupted() || interrupted(error) => Outcome::Interrupted,
+            Some(Blame::Machine) => Outcome::Failed,
+            Some(Blame::Host) => Outcome::Error,
+            None => phase.unblamed(),
+        };
+        Self::new(outcome, explain(error))
     }
 
     /// The same, when it could not be put on record: without a record nothing has passed.

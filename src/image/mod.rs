@@ -30,7 +30,7 @@ use toml::Table;
 /// Uses this file in place of the project's default image.
 pub const IMAGE_VARIABLE: &str = "SHAKEDOWN_IMAGE";
 /// The image that every project has unless it gives the name another meaning.
-const BUILTIN: &str = "debian";
+pub const BUILT_IN: &str = "debian";
 /// Root, its tar, its squashfs, the packages and the ISO, all at once for a moment.
 const BUILD_BYTES: u64 = 1600 << 20;
 
@@ -176,11 +176,12 @@ impl Images {
         default: &Option<String>,
         tables: &BTreeMap<String, Table>,
     ) -> Result<Self> {
-        let mut sources = BTreeMap::from([(BUILTIN.to_owned(), Source::Debian(settings::Debian::default()))]);
+        let mut sources =
+            BTreeMap::from([(BUILT_IN.to_owned(), Source::Debian(settings::Debian::default()))]);
         for (name, table) in tables {
             sources.insert(name.clone(), Source::read(name, table, &environment.project)?);
         }
-        let default = default.clone().unwrap_or_else(|| BUILTIN.into());
+        let default = default.clone().unwrap_or_else(|| BUILT_IN.into());
         let prebuilt = environment.overrides.get(IMAGE_VARIABLE).filter(|file| !file.is_empty());
         let images = Self {
             store: Self::store_in(&cache)?,

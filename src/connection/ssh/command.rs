@@ -161,7 +161,11 @@ impl<'a> Running<'a> {
     /// Gives the command what it can take of its input; false when it can take nothing now.
     fn send(&mut self) -> Result<bool, Failure> {
         let Some(source) = &mut self.stdin else { return Ok(false) };
-        let bytes = source.fill_buf().map_err(Failure::Input)?;
+        let bytes = match source.fill_buf() {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+            Err(error) => return Err(Failure::Input(error)),
+        };
         if bytes.is_empty() {
             let sent = again(self.channel.send_eof())?.is_some();
             if sent {

@@ -1,0 +1,34 @@
+//! `shakedown vm`: machines at hand, outside of scenarios.
+
+mod machine;
+mod run;
+
+use super::Verdict;
+use anyhow::Result;
+
+/// Work with machines by hand: run a command on one, or see which run.
+#[derive(clap::Args)]
+pub(super) struct Vm {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(clap::Subcommand)]
+enum Action {
+    Run(run::Run),
+}
+
+impl Vm {
+    pub(super) fn run(self) -> Result<Verdict> {
+        match self.action {
+            Action::Run(run) => run.run(),
+        }
+    }
+
+    /// The exit status of our own errors: another one where 1 may be somebody else's.
+    pub(super) fn error_status(&self) -> u8 {
+        match self.action {
+            Action::Run(_) => run::OWN_ERROR,
+        }
+    }
+}
