@@ -207,10 +207,10 @@ fn a_command_that_could_not_run_is_told_from_one_that_failed() {
     let (status, text) = run(&["--image", "./vendor.iso", "--", "true"]);
     assert_eq!(status, Some(125), "{text}");
     assert!(text.contains("there is no image") && text.contains("vendor.iso"), "{text}");
-    for wrong in
-        [&["--disk", "0"][..], &["--cpus", "256"], &["--firmware", "bois"], &["--timeout", "0s"], &[]]
-    {
-        let (status, text) = run(&[wrong, &["--"]].concat());
-        assert_eq!(status, Some(2), "{wrong:?}: {text}");
+    for wrong in ["--disk=0", "--cpus=256", "--firmware=bois", "--memory=1500K", "--timeout=0s"] {
+        let (status, text) = run(&[wrong, "--", "true"]);
+        assert_eq!(status, Some(2), "{wrong}: {text}");
+        assert!(text.contains("invalid value"), "{wrong}: {text}");
     }
+    assert_eq!(run(&["--"]).0, Some(2), "no command");
 }
