@@ -7,7 +7,7 @@ use super::assemble::{self, HostParts, Plan};
 use super::diagnose;
 use super::needs::Needs;
 use super::qemu::{Qemu, Watch};
-use super::qmp::Qmp;
+use super::qmp::{Qmp, QmpError};
 use super::screen;
 use super::spec::{MachineSpec, Memory};
 use super::template::{Checkpoint, Frozen, Template};
@@ -207,7 +207,7 @@ impl Vm {
             Some(template) => template.frozen.clone(),
             None => Frozen::of(&self.launch),
         };
-        self.rest(&mut frozen, &deadline)?;
+        self.choose_channel(&mut frozen, &deadline)?;
         self.qmp.execute(&qmp::stop {}, &deadline).context(Fault::host("QEMU cannot stop the machine"))?;
         let parent = self.template.clone();
         let template = Template::of_running(
@@ -387,22 +387,22 @@ impl Vm {
         if !state.success() {
             self.note(format!("the template's system is {}", state.trimmed()));
         }
-        self.rest(frozen, deadline)
+        self.choose_channel(frozen, deadline)?;
+        // What every fork will do first, so that it finds its pages warm.
+        self.shell()?.run("date -u -s @$(date +%s) >/dev/null; echo warm | cat")?;
+        self.qemu.wait_idle(deadline)
     }
 
-    /// Finds the channel that forks will use, closes all others, and waits until nothing is going on.
-    fn rest(&mut self, frozen: &mut Frozen, deadline: &Deadline) -> Result<()> {
+    /// Finds the channel that forks will use, and ends the SSH session: its peer would be gone in
+    /// every fork.
+    fn choose_channel(&mut self, frozen: &mut Frozen, deadline: &Deadline) -> Result<()> {
         frozen.agent = self.agent(&deadline.within(AGENT, "the guest agent's first answer")).is_some();
-        if frozen.agent {
-            // What every fork will do first, so that it finds its pages warm.
-            self.shell()?.run("date -u -s @$(date +%s) >/dev/null; echo warm | cat")?;
-        } else {
+        if !frozen.agent {
             self.log_in(deadline)?;
             frozen.shell = self.shell.as_ref().map(|shell| shell.token().to_owned());
         }
-        // The session ends before the freeze: its peer would be gone in every fork.
         self.ssh = None;
-        self.qemu.wait_idle(deadline)
+        Ok(())
     }
 
     /// Stops the guest for good.
@@ -604,6 +604,13 @@ impl Vm {
     /// A QEMU that was killed or crashed is the host's fault whatever the wait on it says; one that
     /// ended well was powered off by its guest.
     fn add_obituary(&mut self, error: anyhow::Error) -> anyhow::Error {
+        let closed = |e: &(dyn std::error::Error + 'static)| {
+            matches!(e.downcast_ref(), Some(QmpError::Closed)) || matches!(e.downcast_ref(), Some(WaitError::Closed))
+        };
+        if error.chain().any(closed) {
+            // Its sockets close a moment before the process is gone.
+            let _ = self.qemu.wait(&Deadline::after(Duration::from_secs(5), "the end of QEMU"));
+        }
         match self.qemu.ended() {
             Some(status) if status.success() => {
                 error.context(Fault::machine("the machine powered itself off"))

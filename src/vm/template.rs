@@ -30,7 +30,7 @@ const FORMAT: u32 = 1;
 const RAM: &str = "ram";
 const STATE: &str = "state";
 /// A guest that is never idle is frozen as it is.
-const SETTLE_TIME: Duration = Duration::from_secs(60);
+const SETTLE_TIME: Duration = Duration::from_secs(40);
 /// The device state is half a MiB; without shared memory it is all of the memory.
 const FREEZE_TIME: Duration = Duration::from_secs(120);
 
@@ -140,7 +140,7 @@ impl Template {
     /// Loads the device state into a QEMU that waits for it. The guest stands still afterwards.
     pub(super) fn load(&self, qmp: &mut Qmp, deadline: &Deadline) -> Result<(), QmpError> {
         if !self.frozen.copied {
-            share_memory(qmp, deadline)?;
+            share_memory(qmp, true, deadline)?;
         }
         let state = crate::process::quote(&self.dir.join(STATE).to_string_lossy());
         let incoming = qmp::migrate_incoming {
@@ -199,6 +199,8 @@ impl Template {
         let scratch = Scratch::under(&launch.machines)?;
         let dir = scratch.path().to_owned();
         // Its memory is not in a file that others could map, so all of it goes into the state ...
+        let whole = share_memory(qmp, false, deadline);
+        whole.context(Fault::host("QEMU cannot save a machine with its memory"))?;
         migrate_to(qmp, &dir.join(STATE), deadline)?;
         frozen.copied = true;
         launch.plan(files)?.copy_files(files, &dir, deadline)?;
@@ -291,7 +293,7 @@ fn boot_and_freeze(launch: Launch, dir: &Path, deadline: &Deadline) -> Result<Fr
 /// the state, because this QEMU cannot leave it where it is.
 fn save(machine: &mut Stopped, state: &Path, deadline: &Deadline) -> Result<bool> {
     let qmp = machine.qmp();
-    let copied = match share_memory(qmp, deadline) {
+    let copied = match share_memory(qmp, true, deadline) {
         Ok(()) => false,
         Err(QmpError::Refused { .. }) => true,
         Err(error) => return Err(error).context(Fault::host("cannot prepare the freezing")),
@@ -324,9 +326,9 @@ fn migrate_to(qmp: &mut Qmp, state: &Path, deadline: &Deadline) -> Result<()> {
     }
 }
 
-/// Leaves the memory out of the state: it is in its file already.
-fn share_memory(qmp: &mut Qmp, deadline: &Deadline) -> Result<(), QmpError> {
+/// Leaves the memory out of the state, where it is in a file already, or not.
+fn share_memory(qmp: &mut Qmp, state: bool, deadline: &Deadline) -> Result<(), QmpError> {
     let capability =
-        qmp::MigrationCapabilityStatus { capability: qmp::MigrationCapability::x_ignore_shared, state: true };
+        qmp::MigrationCapabilityStatus { capability: qmp::MigrationCapability::x_ignore_shared, state };
     qmp.execute(&qmp::migrate_set_capabilities { capabilities: vec![capability] }, deadline).map(drop)
 }
