@@ -222,6 +222,25 @@ impl Vm {
         Ok(Checkpoint::new(name, template?, self.launch.clone(), self.deadline.clone()))
     }
 
+    /// Where this fork continues from, to make more machines like it: each is as this one was when
+    /// the scenario began. `None` for a machine that was booted.
+    pub fn origin(&self) -> Option<Checkpoint> {
+        let template = self.template.clone()?;
+        Some(Checkpoint::new("sibling", template, self.launch.clone(), self.deadline.clone()))
+    }
+
+    /// Bytes of memory that are this machine's alone: what it does not share with its template.
+    /// Counts QEMU itself and its translated code.
+    ///
+    /// # Errors
+    /// When the system cannot tell.
+    pub fn private_memory(&self) -> Result<u64> {
+        let path = format!("/proc/{}/smaps_rollup", self.pid());
+        let text = std::fs::read_to_string(&path).with_context(|| Fault::host(format!("cannot read {path}")))?;
+        let kib = text.lines().find_map(|line| line.strip_prefix("Pss_Anon:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        kib.map(|kib| kib * 1024).with_context(|| Fault::host(format!("{path} does not tell Pss_Anon")))
+    }
+
     fn thaw(&mut self, template: &Template, deadline: &Deadline) -> Result<()> {
         let loaded = template.load(&mut self.qmp, deadline);
         if let Err(error) = loaded.and_then(|()| self.qmp.execute(&qmp::cont {}, deadline).map(drop)) {
