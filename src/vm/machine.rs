@@ -255,10 +255,22 @@ impl Vm {
         // The guest's clock stands where the template was frozen.
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let set = format!("date -u -s @{}.{:09} >/dev/null", now.as_secs(), now.subsec_nanos());
+        if let Some(agent) = self.agent(deadline) {
+            agent.prelude(set);
+            return Ok(());
+        }
         match self.ask(Cmd::new(set), deadline) {
             Some(Ok(_)) => Ok(()),
             Some(Err(error)) => Err(self.explain(error, "a fork does not answer")),
             None => Err(Fault::host("a fork has neither agent nor shell").into()),
+        }
+    }
+
+    /// Does at the latest now what the first command in a fork does: sets its clock.
+    fn finish_thaw(&mut self) -> Result<()> {
+        match &self.agent {
+            AgentPort::Ready(agent) if agent.has_prelude() => self.shell()?.run(":").map(drop),
+            _ => Ok(()),
         }
     }
 
@@ -363,6 +375,7 @@ impl Vm {
                 .fix("use vm.console(), or set `key` in the image's settings")
                 .into());
         }
+        self.finish_thaw()?;
         if self.ssh.is_none() {
             self.connect(&self.deadline.within(self.launch.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT"))?;
         }
@@ -435,6 +448,7 @@ impl Vm {
     /// # Errors
     /// A machine [`Fault`] when the login does not succeed.
     pub fn console(&mut self) -> Result<Session<'_>> {
+        self.finish_thaw()?;
         let deadline = self.deadline.clone();
         self.log_in(&deadline.within(self.launch.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT"))?;
         self.session_on_console(&deadline)
