@@ -4,8 +4,10 @@
 use shakedown::prelude::*;
 
 fn leaves_a_mark(vm: &mut Vm) -> Result<()> {
-    let found = vm.shell()?.run("cmp -n 1048576 /dev/vda /dev/zero && test ! -e /root/mark && echo clean && \
-                                 touch /root/mark && echo mark > /dev/vda")?;
+    let found = vm.shell()?.run(
+        "cmp -n 1048576 /dev/vda /dev/zero && test ! -e /root/mark && echo clean && \
+                                 touch /root/mark && echo mark > /dev/vda",
+    )?;
     ensure!(found.trimmed() == "clean", "somebody was here before: {}", found.text());
     Ok(())
 }

@@ -5,10 +5,10 @@ use super::terminal;
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 use shakedown::deadline::Deadline;
+use shakedown::fault::Fault;
 use shakedown::harness::{self, Body, Scenario, Settings};
 use shakedown::host;
 use shakedown::image::Images;
-use shakedown::fault::Fault;
 use shakedown::record::event::Events;
 use shakedown::record::metadata::Timings;
 use shakedown::record::{Environment, Outcome};
@@ -247,7 +247,8 @@ fn suite(runs: u32) -> Result<Samples> {
     }
     let cargo = |args: &[&str]| -> Result<f64> {
         let begun = Instant::now();
-        let status = Command::new("cargo").args(args).stdout(Stdio::null()).status().context("cannot start cargo")?;
+        let status =
+            Command::new("cargo").args(args).stdout(Stdio::null()).status().context("cannot start cargo")?;
         if !status.success() {
             bail!("`cargo {}` failed: {status}", args.join(" "));
         }

@@ -24,6 +24,8 @@ use std::time::Duration;
 
 /// Building an image from nothing takes one to two minutes; a slow network some more.
 const PREPARATION: Duration = Duration::from_secs(1800);
+/// A scenario may use more memory than those before it did.
+const FORK_MARGIN_MIB: u32 = 64;
 /// How long a machine may wait for others to end. Each of them has a deadline of its own, so this
 /// is reached only where something outside of us keeps slots.
 const SLOT_WAIT: Duration = Duration::from_secs(3600);
@@ -56,8 +58,8 @@ struct Prepared {
     key: KeyPair,
     template: Option<Template>,
     machines: PathBuf,
-    #[expect(dead_code, reason = "held while the machine runs")]
-    slot: Slot,
+    /// Held while the machine runs.
+    slot: Option<Slot>,
 }
 
 impl Run {
@@ -131,10 +133,18 @@ impl Stage {
             metadata.image = Some(image.metadata());
             metadata.artifact = Some(image.artifact(&key));
         })?;
+        let mut prepared = Prepared { host, image, key, template: None, machines: machines()?, slot: None };
+        let mut memory = needs.memory_mib;
+        if forks {
+            let launch = self.launch(&prepared, needs);
+            if let Some(private) = Template::expected_private_mib(&host::cache_dir()?, &launch)? {
+                // What it does not share; the rest is its template's, once for all.
+                memory = memory.min(private + private / 4 + FORK_MARGIN_MIB);
+            }
+        }
         let slots = Slots::in_directory(host::cache_dir()?.join("slots"))?;
         let wait = Deadline::after(SLOT_WAIT, "waiting for other machines to end");
-        let slot = slots.acquire(needs.memory_mib, &wait, &self.events)?;
-        let mut prepared = Prepared { host, image, key, template: None, machines: machines()?, slot };
+        prepared.slot = Some(slots.acquire(memory, &wait, &self.events)?);
         if forks {
             prepared.template = Some(self.template(&prepared, needs)?);
         }

@@ -236,8 +236,11 @@ impl Vm {
     /// When the system cannot tell.
     pub fn private_memory(&self) -> Result<u64> {
         let path = format!("/proc/{}/smaps_rollup", self.pid());
-        let text = std::fs::read_to_string(&path).with_context(|| Fault::host(format!("cannot read {path}")))?;
-        let kib = text.lines().find_map(|line| line.strip_prefix("Pss_Anon:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        let text =
+            std::fs::read_to_string(&path).with_context(|| Fault::host(format!("cannot read {path}")))?;
+        let kib = text
+            .lines()
+            .find_map(|line| line.strip_prefix("Pss_Anon:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
         kib.map(|kib| kib * 1024).with_context(|| Fault::host(format!("{path} does not tell Pss_Anon")))
     }
 
@@ -609,6 +612,9 @@ impl Vm {
 
     /// Files the evidence that every run has, and more when it did not pass; then ends the machine.
     pub fn finish(mut self, passed: bool) {
+        if let (Some(template), Ok(private)) = (&self.template, self.private_memory()) {
+            template.learn(private);
+        }
         diagnose::collect(&mut self, passed);
     }
 
@@ -638,7 +644,8 @@ impl Vm {
     /// ended well was powered off by its guest.
     fn add_obituary(&mut self, error: anyhow::Error) -> anyhow::Error {
         let closed = |e: &(dyn std::error::Error + 'static)| {
-            matches!(e.downcast_ref(), Some(QmpError::Closed)) || matches!(e.downcast_ref(), Some(WaitError::Closed))
+            matches!(e.downcast_ref(), Some(QmpError::Closed))
+                || matches!(e.downcast_ref(), Some(WaitError::Closed))
         };
         if error.chain().any(closed) {
             // Its sockets close a moment before the process is gone.

@@ -156,6 +156,32 @@ impl Template {
     }
 }
 
+/// In a template's directory: how much memory its forks had to themselves, in MiB, at the most.
+const PRIVATE: &str = "private-mib";
+
+impl Template {
+    /// The memory that a fork of this launch will probably have to itself, in MiB, as measured on
+    /// earlier ones; `None` while there is no template or no measurement.
+    ///
+    /// # Errors
+    /// When the launch cannot be planned.
+    pub fn expected_private_mib(cache: &Path, launch: &Launch) -> Result<Option<u32>> {
+        let file = cache.join("templates").join(key(launch)?).join(PRIVATE);
+        Ok(std::fs::read_to_string(file).ok().and_then(|text| text.trim().parse().ok()))
+    }
+
+    /// Remembers what a fork had to itself at its end.
+    pub(super) fn learn(&self, private: u64) {
+        let mib = u32::try_from(private >> 20).unwrap_or(u32::MAX);
+        let file = self.dir.join(PRIVATE);
+        let known = std::fs::read_to_string(&file).ok().and_then(|text| text.trim().parse::<u32>().ok());
+        if known.is_none_or(|known| known < mib) {
+            // An estimate: a lost one costs nothing, a torn one is no number.
+            let _ = std::fs::write(&file, format!("{mib}\n"));
+        }
+    }
+}
+
 /// A template that a scenario took of its machine in mid-run, to fork variations from. It is the
 /// scenario's own and gone with the last value that refers to it.
 #[derive(Clone)]
