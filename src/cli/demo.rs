@@ -10,7 +10,7 @@ use shakedown::deadline::human;
 use shakedown::harness::{self, Body, Scenario, Settings};
 use shakedown::record::event::Events;
 use shakedown::record::{Environment, Outcome};
-use shakedown::vm::{Boot, DiskNeed, Bus, Medium, Needs, Vm};
+use shakedown::vm::{Boot, Bus, DiskNeed, Medium, Needs, Vm};
 use std::collections::BTreeMap;
 use std::io;
 use std::time::{Duration, Instant};
@@ -32,7 +32,10 @@ static SCENARIO: Scenario = Scenario {
     machine: Some(Needs {
         boot: Boot::Cold,
         medium: Medium::Cdrom,
-        disks: &[DiskNeed { bytes: 512 * MIB, bus: Bus::Virtio }, DiskNeed { bytes: 512 * MIB, bus: Bus::Virtio }],
+        disks: &[
+            DiskNeed { bytes: 512 * MIB, bus: Bus::Virtio },
+            DiskNeed { bytes: 512 * MIB, bus: Bus::Virtio },
+        ],
         ..Needs::DEFAULT
     }),
     timeout: None,
@@ -86,7 +89,8 @@ impl Demo {
             Outcome::Passed => (Colour::Green, Verdict::Fine),
             _ => (Colour::Red, Verdict::NotFine),
         };
-        let mut text = format!("\nScenario `demo`: {}\n", paint.paint(colour, &performance.outcome.to_string()));
+        let mut text =
+            format!("\nScenario `demo`: {}\n", paint.paint(colour, &performance.outcome.to_string()));
         if !performance.message.is_empty() {
             text += &format!("{}\n", performance.message);
         }

@@ -10,8 +10,8 @@ use serde_json::json;
 use shakedown::deadline::Deadline;
 use shakedown::harness::Settings;
 use shakedown::host;
-use shakedown::image::{Built, Images};
 use shakedown::image::store::{Store, Stored};
+use shakedown::image::{Built, Images};
 use shakedown::record::Environment;
 use shakedown::record::event::Events;
 use std::io;
@@ -96,7 +96,8 @@ fn build(name: Option<&str>, as_json: bool) -> Result<()> {
     let images = images()?;
     let progress = Progress::new();
     let begun = Instant::now();
-    let result = images.get(name, &Deadline::after(BUILD, "shakedown image build"), &Events::to(progress.clone()));
+    let result =
+        images.get(name, &Deadline::after(BUILD, "shakedown image build"), &Events::to(progress.clone()));
     progress.finish();
     let image = result?;
     if as_json {
@@ -123,7 +124,8 @@ fn images() -> Result<Images> {
     let settings = match project {
         Some(dir) => {
             let manifest = dir.join("Cargo.toml");
-            let text = std::fs::read_to_string(&manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
+            let text = std::fs::read_to_string(&manifest)
+                .with_context(|| format!("cannot read {}", manifest.display()))?;
             Settings::parse(&text)?
         }
         None => Settings::default(),

@@ -7,7 +7,7 @@
 //! Noise only ever *adds* bytes to a line. A frame with something in its middle fails its form or
 //! its exact length, and is asked for again; the POSIX `cksum` over each stream has the last word.
 
-use crate::connection::{signal_name, Exit, Output};
+use crate::connection::{Exit, Output, signal_name};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use std::collections::BTreeMap;

@@ -15,7 +15,7 @@ use crate::record::event::Events;
 use crate::record::{self, BootKind, Environment, Evidence, Outcome, scratch};
 use crate::vm::assemble::HostParts;
 use crate::vm::qemu::Watch;
-use crate::vm::{Death, LAST_MOMENTS, Boot, Launch, Needs, Template, Vm, accel, template};
+use crate::vm::{Boot, Bus, Death, LAST_MOMENTS, Launch, Needs, Template, Vm, accel, template};
 use anyhow::{Context, Result};
 use once_cell::sync::OnceCell;
 use std::path::{Path, PathBuf};
@@ -141,8 +141,7 @@ impl Stage {
         };
         let image = self.run.images()?.get(needs.image, &wait, &self.events)?;
         let key = KeyPair::load_or_create(&host::cache_dir()?.join("keys"))?;
-        // Nobody can tell when a machine without login has settled.
-        let forks = needs.boot == Boot::Fork && image.login.is_some() && image.key != KeyEntry::None;
+        let forks = needs.boot == Boot::Fork && self.can_fork(needs, &image);
         self.evidence.update(|metadata| {
             metadata.boot = if forks { BootKind::Fork } else { BootKind::Cold };
             metadata.accelerator = Some(accelerator.kind.to_string());
@@ -153,13 +152,25 @@ impl Stage {
         let slots = Slots::in_directory(host::cache_dir()?.join("slots"))?;
         let wait = Deadline::after(SLOT_WAIT, "waiting for other machines to end");
         let slot = slots.acquire(needs.memory_mib, &wait, &self.events)?;
-        let mut prepared =
-            Prepared { host, image, key, template: None, machines: machines()?, slot };
+        let mut prepared = Prepared { host, image, key, template: None, machines: machines()?, slot };
         if forks {
             prepared.template = Some(self.template(&prepared, needs)?);
         }
         *lock(&self.prepared) = Some(prepared);
         Ok(())
+    }
+
+    /// Whether such a machine can be frozen at all; why not goes into the log.
+    fn can_fork(&self, needs: &Needs, image: &Image) -> bool {
+        let obstacle = if image.login.is_none() || image.key == KeyEntry::None {
+            "nobody can tell when a machine without login has settled"
+        } else if needs.disks.iter().any(|disk| disk.bus == Bus::Nvme) {
+            "QEMU cannot save the state of an NVMe disk"
+        } else {
+            return true;
+        };
+        self.events.note(format!("this machine boots cold: {obstacle}"));
+        false
     }
 
     fn template(&self, prepared: &Prepared, needs: &Needs) -> Result<Template> {
@@ -180,18 +191,18 @@ impl Stage {
         Template::get(&store, &self.launch(prepared, needs), evidence, &deadline, &self.events)
     }
 
-    fn launch<'a>(&'a self, prepared: &'a Prepared, needs: &'a Needs) -> Launch<'a> {
+    fn launch(&self, prepared: &Prepared, needs: &Needs) -> Launch {
         let environment = &self.run.environment;
         Launch {
-            name: "shakedown",
-            needs,
-            image: &prepared.image,
-            host: &prepared.host,
-            key: &prepared.key,
+            name: "shakedown".into(),
+            needs: needs.clone(),
+            image: prepared.image.clone(),
+            host: prepared.host.clone(),
+            key: prepared.key.clone(),
             spawn_timeout: environment.spawn_timeout,
             login_timeout: environment.login_timeout,
             evidence: self.evidence.clone(),
-            machines: &prepared.machines,
+            machines: prepared.machines.clone(),
         }
     }
 

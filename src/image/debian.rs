@@ -251,7 +251,7 @@ fn squash(tar: &Path, out: &Path, log: &Path, deadline: &Deadline) -> Result<()>
     // LZ4 is what an emulated CPU unpacks fastest. The boot loader has the kernel elsewhere.
     // The tar has no entry for the root directory itself.
     command.args(["-comp", "lz4", "-root-uid", "0", "-root-gid", "0", "-root-mode", "0755"]);
-    command.args(["-no-xattrs", "-no-progress", "-quiet"]).arg(out).arg("boot/vmlinuz*");
+    command.args(["-no-progress", "-quiet"]).arg(out).arg("boot/vmlinuz*");
     process::stream(command, log, STALL, deadline, |_| {})
         .context(Fault::host("the root file system cannot be packed"))
 }
@@ -386,5 +386,71 @@ fn remove_temp_root(path: &Path) {
         command.args(["--unshare-helper", "find"]).arg(path).args(["-mindepth", "1", "-delete"]);
         let _ = process::output(command, &deadline);
         let _ = fs::remove_dir_all(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn strings(words: &[&str]) -> Vec<String> {
+        words.iter().map(|word| (*word).to_owned()).collect()
+    }
+
+    #[test]
+    fn any_input_changes_the_key() {
+        let file = |path: &str, mode, content: &[u8]| OwnFile {
+            path: path.into(),
+            mode,
+            content: Content::Bytes(content.into()),
+        };
+        let link = OwnFile { path: "a".into(), mode: 0o777, content: Content::Link("b".into()) };
+        let versions = strings(&["bash=5", "libc6=2.36"]);
+        let mut keys = vec![
+            key(&strings(&["bash"]), "quiet", &[], &versions),
+            key(&strings(&["bash", "zsh"]), "quiet", &[], &versions),
+            key(&strings(&["bash"]), "quiet a=1", &[], &versions),
+            key(&strings(&["bash"]), "quiet", &[], &strings(&["bash=5", "libc6=2.37"])),
+            key(&strings(&["bash"]), "quiet", &[file("a", 0o644, b"b")], &versions),
+            key(&strings(&["bash"]), "quiet", &[file("a", 0o755, b"b")], &versions),
+            key(&strings(&["bash"]), "quiet", &[file("a", 0o644, b"c")], &versions),
+            key(&strings(&["bash"]), "quiet", &[file("b", 0o644, b"b")], &versions),
+            key(&strings(&["bash"]), "quiet", &[link], &versions),
+        ];
+        assert_eq!(keys[0], key(&strings(&["bash"]), "quiet", &[], &versions), "nothing changed");
+        let count = keys.len();
+        keys.sort();
+        keys.dedup();
+        assert_eq!(keys.len(), count);
+    }
+
+    #[test]
+    fn packages_are_a_set_and_the_kernel_is_the_vendor_s() {
+        let own = |words: &[&str]| packages(Vendor::Debian, &strings(words));
+        assert_eq!(own(&["zsh", "nvme-cli"]), own(&["nvme-cli", "zsh", "openssh-server"]));
+        assert!(own(&[]).iter().any(|name| name == "linux-image-amd64"));
+        let ubuntu = packages(Vendor::Ubuntu, &[]);
+        assert!(ubuntu.iter().any(|name| name == "linux-image-generic"), "{ubuntu:?}");
+        assert!(!ubuntu.iter().any(|name| name == "linux-image-amd64"), "{ubuntu:?}");
+    }
+
+    #[test]
+    fn own_files_keep_their_mode_but_not_what_a_umask_adds() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().expect("temp dir");
+        fs::create_dir_all(dir.path().join("etc/x")).expect("made");
+        for (path, mode) in [("etc/x/run", 0o775), ("etc/secret", 0o600), ("etc/plain", 0o664)] {
+            let path = dir.path().join(path);
+            fs::write(&path, "text").expect("written");
+            fs::set_permissions(&path, PermissionsExt::from_mode(mode)).expect("set");
+        }
+        std::os::unix::fs::symlink("/run/x", dir.path().join("etc/link")).expect("made");
+        let found: Vec<_> =
+            OwnFile::below(dir.path()).expect("reads").iter().map(|f| (f.path.clone(), f.mode)).collect();
+        let expected =
+            [("etc/link", 0o777), ("etc/plain", 0o644), ("etc/secret", 0o600), ("etc/x/run", 0o755)];
+        assert_eq!(found, expected.map(|(path, mode)| (path.to_owned(), mode)));
+        let error = OwnFile::below(&dir.path().join("nowhere")).expect_err("is not there");
+        assert!(format!("{error:#}").contains("nowhere"), "{error:#}");
     }
 }

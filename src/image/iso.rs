@@ -346,5 +346,4 @@ fn le32(bytes: &[u8], at: usize) -> u32 {
 }
 
 #[cfg(test)]
-#[path = "iso_tests.rs"]
 mod tests;

@@ -330,5 +330,4 @@ fn user_data(key: &str) -> String {
 }
 
 #[cfg(test)]
-#[path = "prebuilt_tests.rs"]
 mod tests;

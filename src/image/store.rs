@@ -17,6 +17,10 @@
 //! Locks are `flock`s: they end with their process, however it ends. What is in `tmp-KEY` while
 //! nobody holds `KEY.lock` was left by a death, and is swept.
 
+mod upkeep;
+
+pub use upkeep::Stored;
+
 use super::digest;
 use crate::deadline::{Deadline, Stop};
 use crate::fault::{Blame, Fault, blame};
@@ -101,22 +105,6 @@ pub(crate) struct Entry<K> {
 #[derive(Clone, Debug)]
 pub struct Guard(#[allow(dead_code, reason = "held for its lock")] Arc<File>);
 
-/// An entry, as a list shows it.
-#[derive(Clone, Debug, Serialize)]
-pub struct Stored<K> {
-    /// What it is.
-    #[serde(flatten)]
-    pub manifest: Manifest<K>,
-    /// Where it is.
-    pub path: PathBuf,
-    /// The space it takes.
-    pub bytes: u64,
-    /// When it was last used.
-    pub used_at: Timestamp,
-    /// Whether a machine runs on it now.
-    pub in_use: bool,
-}
-
 /// The store in a directory.
 #[derive(Debug)]
 pub struct Store<K> {
@@ -191,7 +179,8 @@ impl<K: Kind> Store<K> {
             Found::Entry(entry) => return Ok(ready(*entry, true)),
             Found::Missing => {}
             Found::Damaged(why) => {
-                events.note(format!("{} `{name}` in the store is damaged ({why}): building it anew", K::NAME));
+                events
+                    .note(format!("{} `{name}` in the store is damaged ({why}): building it anew", K::NAME));
                 self.discard(key, &lock)?;
             }
         }
@@ -318,106 +307,6 @@ impl<K: Kind> Store<K> {
         (failure.at >= began).then_some(failure)
     }
 
-    /// All entries, last used first. What is damaged is not among them.
-    ///
-    /// # Errors
-    /// When the directory cannot be read.
-    pub fn list(&self) -> Result<Vec<Stored<K>>> {
-        let mut list: Vec<Stored<K>> =
-            self.names()?.iter().filter(|name| is_key(name)).filter_map(|key| self.stored(key)).collect();
-        list.sort_by(|a, b| b.used_at.cmp(&a.used_at).then_with(|| a.manifest.key.cmp(&b.manifest.key)));
-        Ok(list)
-    }
-
-    fn stored(&self, key: &str) -> Option<Stored<K>> {
-        let path = self.dir.join(key);
-        let manifest: Manifest<K> = read_json(&path.join(MANIFEST)).ok()?;
-        let file = File::open(path.join(IN_USE)).ok()?;
-        let used_at = Timestamp::try_from(file.metadata().ok()?.modified().ok()?).ok()?;
-        let bytes = fs::read_dir(&path)
-            .ok()?
-            .filter_map(|file| Some(file.ok()?.metadata().ok()?.blocks() * 512))
-            .sum();
-        let in_use = matches!(file.try_lock(), Err(TryLockError::WouldBlock));
-        Some(Stored { manifest, path, bytes, used_at, in_use })
-    }
-
-    /// Removes one entry, named by its key, the beginning of its key (8 characters or more), or the
-    /// name of the image for which it was built; the name may mean several.
-    ///
-    /// # Errors
-    /// A host [`Fault`] when there is none, or one is in use.
-    pub fn rm(&self, name: &str) -> Result<Vec<Stored<K>>> {
-        let list = self.list()?;
-        let by_key = |entry: &Stored<K>| name.len() >= 8 && entry.manifest.key.starts_with(name);
-        let matching: Vec<_> =
-            list.iter().filter(|e| e.manifest.name == name || by_key(e)).cloned().collect();
-        if matching.is_empty() {
-            let known: Vec<_> = list.iter().map(|entry| entry.manifest.name.as_str()).collect();
-            let hint = crate::nearest::hint(name, known.iter().copied());
-            return Err(Fault::host(format!("no {} `{name}` in the store{hint}", K::NAME)).into());
-        }
-        for entry in &matching {
-            if !self.remove(&entry.manifest.key)? {
-                return Err(Fault::host(format!(
-                    "{} `{}` ({}) is in use",
-                    K::NAME,
-                    entry.manifest.name,
-                    entry.path.display()
-                ))
-                .fix("end the machines that run on it first")
-                .into());
-            }
-        }
-        Ok(matching)
-    }
-
-    /// Removes entries that were not used for `older_than`, then those last used longest ago until
-    /// the store has no more than `max_bytes`; never one in use. Leftovers of failed builds go too.
-    ///
-    /// # Errors
-    /// When the store cannot be changed.
-    pub fn prune(&self, older_than: Option<Duration>, max_bytes: Option<u64>) -> Result<Vec<Stored<K>>> {
-        let mut kept = self.list()?;
-        let mut total: u64 = kept.iter().map(|entry| entry.bytes).sum();
-        let mut removed = Vec::new();
-        while let Some(entry) = kept.pop() {
-            let age = Timestamp::now().duration_since(entry.used_at);
-            let old = older_than.is_some_and(|limit| age.unsigned_abs() >= limit && !age.is_negative());
-            let large = max_bytes.is_some_and(|limit| total > limit);
-            if (old || large) && self.remove(&entry.manifest.key)? {
-                total = total.saturating_sub(entry.bytes);
-                removed.push(entry);
-            }
-        }
-        self.sweep()?;
-        for name in self.names()? {
-            if let Some(key) =
-                name.strip_suffix(".lock").filter(|key| is_key(key) && !self.dir.join(key).exists())
-                && let Some(lock) = self.try_lock(key)?
-            {
-                remove(&self.path(key, "log"))?;
-                remove(&self.path(key, "failed"))?;
-                remove(&lock.path)?;
-            }
-        }
-        Ok(removed)
-    }
-
-    /// False when it is in use or being built.
-    fn remove(&self, key: &str) -> Result<bool> {
-        let Some(lock) = self.try_lock(key)? else { return Ok(false) };
-        let in_use = File::open(self.dir.join(key).join(IN_USE));
-        if let Ok(file) = &in_use
-            && let Err(TryLockError::WouldBlock) = file.try_lock()
-        {
-            return Ok(false);
-        }
-        // Nobody takes it into use meanwhile, as we hold that lock until it is gone.
-        self.discard(key, &lock)?;
-        Ok(true)
-    }
-
     /// Takes an entry out of sight in one step, then removes it. Who has its files open keeps them.
     fn discard(&self, key: &str, lock: &BuildLock) -> Result<()> {
         let temporary = self.temporary(key, lock)?;
@@ -431,8 +320,8 @@ impl<K: Kind> Store<K> {
         let dir = self.dir.join(format!("tmp-{key}"));
         if dir.exists() {
             (self.sweep)(&dir);
-            fs::remove_dir_all(&dir)
-                .with_context(|| Fault::host(format!("cannot remove {}", dir.display())))?;
+            refuse_mounts(&dir)?;
+            remove_tree(&dir)?;
         }
         Ok(dir)
     }
@@ -454,7 +343,8 @@ impl<K: Kind> Store<K> {
                 .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
                 .collect()
         };
-        read().with_context(|| Fault::host(format!("cannot read the {} store {}", K::NAME, self.dir.display())))
+        read()
+            .with_context(|| Fault::host(format!("cannot read the {} store {}", K::NAME, self.dir.display())))
     }
 
     fn path(&self, key: &str, suffix: &str) -> PathBuf {
@@ -536,6 +426,39 @@ fn is_at(file: &File, path: &Path) -> bool {
     }
 }
 
+/// A removal must not go on into a file system that something mounted below `dir`.
+fn refuse_mounts(dir: &Path) -> Result<()> {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let below =
+        mounts.lines().filter_map(|line| line.split(' ').nth(1)).find(|at| Path::new(at).starts_with(dir));
+    match below {
+        None => Ok(()),
+        Some(at) => Err(Fault::host(format!("{} cannot be removed: {at} is mounted there", dir.display()))
+            .fix(format!("umount {at}"))
+            .into()),
+    }
+}
+
+/// What a build was killed with may still be on its way out, and writing.
+fn remove_tree(dir: &Path) -> Result<()> {
+    let limit = Deadline::after(Duration::from_secs(10), "removal of a build");
+    loop {
+        match fs::remove_dir_all(dir) {
+            Ok(()) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !dir.exists() => return Ok(()),
+            Err(error) => {
+                let writing =
+                    [io::ErrorKind::DirectoryNotEmpty, io::ErrorKind::NotFound, io::ErrorKind::ResourceBusy];
+                if limit.expired() || !writing.contains(&error.kind()) {
+                    return Err(error)
+                        .with_context(|| Fault::host(format!("cannot remove {}", dir.display())));
+                }
+                std::thread::sleep(limit.slice(POLL));
+            }
+        }
+    }
+}
+
 fn is_key(name: &str) -> bool {
     name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
@@ -568,5 +491,4 @@ fn verify<K>(manifest: Manifest<K>, key: &str, dir: &Path) -> Result<Manifest<K>
 }
 
 #[cfg(test)]
-#[path = "store_tests.rs"]
 mod tests;

@@ -70,9 +70,34 @@ struct Line<'a> {
     event: &'a Event,
 }
 
+/// The files that events go to.
+struct Files {
+    events: File,
+    log: File,
+}
+
+impl Files {
+    /// Makes them, the directories for logs and diagnostics, and the first `metadata.json`.
+    fn make(directory: &Path, metadata: &mut Metadata) -> Result<Self> {
+        let logs = directory.join("logs");
+        let diagnostics = logs.join("diagnostics");
+        for path in [&logs, &diagnostics] {
+            files::private_dir(path).with_context(|| files::cannot("make", path))?;
+        }
+        metadata.logs = Some(Logs { harness: logs.join("harness.log"), serial: logs.join("serial.log") });
+        metadata.diagnostics = Some(Diagnostics { directory: diagnostics, artifacts: Vec::new() });
+        files::write_json(&directory.join("metadata.json"), metadata)?;
+        Ok(Self { events: create(&directory.join("events.jsonl"))?, log: create(&logs.join("harness.log"))? })
+    }
+}
+
 impl Evidence {
-    pub(super) fn create(run: &Run, log_root: &Path, mut metadata: Metadata, ledger: Option<&Path>) -> Result<Self> {
-        let started = Instant::now();
+    pub(super) fn create(
+        run: &Run,
+        log_root: &Path,
+        mut metadata: Metadata,
+        ledger: Option<&Path>,
+    ) -> Result<Self> {
         let now = Utc::now();
         let (directory, attempt) = make_directory(run.directory(), &metadata.scenario)?;
         let identity = Identity {
@@ -85,29 +110,45 @@ impl Evidence {
             started_at: now,
         };
         files::write_json(&directory.join("scenario.json"), &identity)?;
-        let logs = directory.join("logs");
-        let diagnostics = logs.join("diagnostics");
-        for path in [&logs, &diagnostics] {
-            files::private_dir(path).with_context(|| files::cannot("make", path))?;
-        }
         metadata.attempt = attempt;
         metadata.timings.start = Some(now);
-        metadata.logs = Some(Logs { harness: logs.join("harness.log"), serial: logs.join("serial.log") });
-        metadata.diagnostics = Some(Diagnostics { directory: diagnostics, artifacts: Vec::new() });
-        files::write_json(&directory.join("metadata.json"), &metadata)?;
+        let files = Files::make(&directory, &mut metadata)?;
+        // Last: where there is a marker, there is all that a sweep needs.
+        let marker = Marker::set(log_root, &directory, ledger)?;
+        Ok(Self::begin(directory, ledger.map(Path::to_owned), metadata, files, Some(marker)))
+    }
+
+    fn begin(
+        directory: PathBuf,
+        ledger: Option<PathBuf>,
+        metadata: Metadata,
+        files: Files,
+        marker: Option<Marker>,
+    ) -> Self {
         let state = State {
-            events: create(&directory.join("events.jsonl"))?,
-            log: create(&logs.join("harness.log"))?,
+            metadata,
+            events: files.events,
+            log: files.log,
             machine_started: None,
             watcher: None,
             numbered: 0,
             problem: None,
-            // Last: where there is a marker, there is all that a sweep needs.
-            marker: Some(Marker::set(log_root, &directory, ledger)?),
-            metadata,
+            marker,
         };
-        let ledger = ledger.map(Path::to_owned);
-        Ok(Self(Arc::new(Inner { directory, ledger, started, state: Mutex::new(state) })))
+        Self(Arc::new(Inner { directory, ledger, started: Instant::now(), state: Mutex::new(state) }))
+    }
+
+    /// Evidence of another machine of the same scenario, in a directory below this one. It has no
+    /// outcome of its own.
+    ///
+    /// # Errors
+    /// A host [`Fault`] when the directory cannot be made.
+    pub fn child(&self, name: &str) -> Result<Self> {
+        let mut metadata = self.metadata();
+        let (directory, attempt) = make_directory(&self.0.directory, name)?;
+        metadata.attempt = attempt;
+        let files = Files::make(&directory, &mut metadata)?;
+        Ok(Self::begin(directory, None, metadata, files, None))
     }
 
     /// The scenario's directory.
@@ -223,7 +264,10 @@ impl Evidence {
 impl Observer for Evidence {
     fn observe(&self, event: &Event) {
         let mut state = self.state();
-        self.write(&mut state, event);
+        // Percentages are for who watches; the logs have the phases.
+        if !matches!(event, Event::ImageBuildProgress { percent: Some(_), .. }) {
+            self.write(&mut state, event);
+        }
         if let Some(watcher) = &state.watcher {
             watcher.emit(event.clone());
         }

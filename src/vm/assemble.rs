@@ -14,6 +14,7 @@ use crate::image::{Image, ImageFormat, KeyEntry, prebuilt};
 use crate::process;
 use anyhow::{Context, Result};
 use std::fs::File;
+use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -53,7 +54,7 @@ enum Content {
     /// A copy.
     Copy(PathBuf),
     /// Writes go here, reads of the rest to the base.
-    Overlay(PathBuf, ImageFormat),
+    Overlay(PathBuf, DriveFormat),
     /// A cloud-init seed with this key.
     Seed(String),
 }
@@ -156,9 +157,12 @@ impl Plan {
 
     fn firmware(&mut self, needs: &Needs, image: &Image, dir: &Path) -> Result<()> {
         if !image.firmware.contains(&needs.firmware) {
-            return Err(Fault::host(format!("image `{}` does not boot under {}", image.name, needs.firmware))
-                .fix("change the scenario's `firmware`, or `firmware` in the image's settings")
-                .into());
+            return Err(Fault::host(format!(
+                "image `{}` does not boot under {}",
+                image.name, needs.firmware
+            ))
+            .fix("change the scenario's `firmware`, or `firmware` in the image's settings")
+            .into());
         }
         if needs.firmware == Firmware::Uefi {
             let firmware::Ovmf { code, vars: template } = firmware::require()?;
@@ -178,7 +182,9 @@ impl Plan {
         let (file, format, read_only) = if image.format == ImageFormat::Iso {
             (image.file.clone(), DriveFormat::Raw, true)
         } else {
-            let content = Content::Overlay(image.file.clone(), image.format);
+            let format =
+                if image.format == ImageFormat::Qcow2 { DriveFormat::Qcow2 } else { DriveFormat::Raw };
+            let content = Content::Overlay(image.file.clone(), format);
             (self.own(dir, "image.qcow2".into(), content), DriveFormat::Qcow2, false)
         };
         self.spec.drives.push(Drive { file, format, attach, serial: "image".into(), read_only, boot });
@@ -197,6 +203,21 @@ impl Plan {
                 Content::Overlay(base, format) => overlay(base, *format, &path, host, deadline)?,
                 Content::Seed(key) => prebuilt::nocloud_seed(key, &path, deadline)?,
             }
+        }
+        Ok(())
+    }
+
+    /// Copies the files of a machine that stands still from `from` to `dir`.
+    ///
+    /// # Errors
+    /// A host [`Fault`] that names the file.
+    pub(crate) fn copy_files(&self, from: &Path, dir: &Path, deadline: &Deadline) -> Result<()> {
+        for Own { name, .. } in &self.files {
+            let mut command = Command::new("cp");
+            // Holes stay holes, and where the file system can share blocks nothing is copied at all.
+            command.args(["--reflink=auto", "--sparse=always"]).arg(from.join(name)).arg(dir);
+            process::output(command, deadline)
+                .with_context(|| Fault::host(format!("cannot copy {name} of a machine")))?;
         }
         Ok(())
     }
@@ -220,8 +241,8 @@ impl Plan {
                     blank(&path, *bytes)?;
                     continue;
                 }
-                Content::Blank(_) => ImageFormat::Raw,
-                Content::Overlay(..) => ImageFormat::Qcow2,
+                // In a fork a disk that had been written to is an overlay already.
+                Content::Blank(_) | Content::Overlay(..) => format_of(&left)?,
                 Content::Copy(_) | Content::Seed(_) => {
                     copy(&left, &path)?;
                     continue;
@@ -237,9 +258,18 @@ impl Plan {
     }
 }
 
+/// An overlay or plain bytes, by the magic number of qcow2.
+pub(super) fn format_of(file: &Path) -> Result<DriveFormat> {
+    let mut magic = [0; 4];
+    let read = File::open(file).and_then(|mut file| file.read_exact(&mut magic));
+    read.with_context(|| Fault::host(format!("cannot read {}", file.display())))?;
+    Ok(if &magic == b"QFI\xfb" { DriveFormat::Qcow2 } else { DriveFormat::Raw })
+}
+
 /// A sparse file to which nothing was ever written: a new one is the same, and cheaper than an overlay.
 fn is_untouched(file: &Path) -> Result<bool> {
-    let blocks = file.metadata().with_context(|| Fault::host(format!("cannot look at {}", file.display())))?;
+    let blocks =
+        file.metadata().with_context(|| Fault::host(format!("cannot look at {}", file.display())))?;
     Ok(blocks.blocks() == 0)
 }
 
@@ -259,12 +289,12 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 /// Writes go to `file`; `base` stays as it is.
 fn overlay(
     base: &Path,
-    format: ImageFormat,
+    format: DriveFormat,
     file: &Path,
     host: &HostParts,
     deadline: &Deadline,
 ) -> Result<()> {
-    let format = if format == ImageFormat::Qcow2 { "qcow2" } else { "raw" };
+    let format = format.as_str();
     let mut command = Command::new(&host.qemu_img);
     command.args(["create", "-q", "-f", "qcow2", "-F", format, "-b"]).arg(base).arg(file);
     process::output(command, deadline)

@@ -22,9 +22,15 @@ const ALWAYS: &[Question] = &[
 
 /// Asked when the outcome is not `passed`.
 const ON_FAILURE: &[Question] = &[
-    Question { label: "failed-units", line: "systemctl list-units --failed --no-pager --full --no-legend 2>&1" },
+    Question {
+        label: "failed-units",
+        line: "systemctl list-units --failed --no-pager --full --no-legend 2>&1",
+    },
     Question { label: "jobs", line: "systemctl list-jobs --no-pager --no-legend 2>&1" },
-    Question { label: "lsblk", line: "lsblk -f 2>&1; lsblk -o NAME,TYPE,SIZE,SERIAL,MOUNTPOINTS --paths 2>&1" },
+    Question {
+        label: "lsblk",
+        line: "lsblk -f 2>&1; lsblk -o NAME,TYPE,SIZE,SERIAL,MOUNTPOINTS --paths 2>&1",
+    },
     Question { label: "mdadm", line: "mdadm --detail --scan 2>&1; cat /proc/mdstat 2>&1" },
     Question { label: "lvm", line: "pvs 2>&1; vgs 2>&1; lvs 2>&1" },
     Question { label: "network", line: "ip addr show 2>&1; ip route show 2>&1; ip -s link show 2>&1" },

@@ -10,7 +10,7 @@ use super::qemu::{Qemu, Watch};
 use super::qmp::Qmp;
 use super::screen;
 use super::spec::{MachineSpec, Memory};
-use super::template::{Frozen, Template};
+use super::template::{Checkpoint, Frozen, Template};
 use crate::connection::ssh::Target;
 use crate::connection::{Agent, Cmd, Connection, ConnectionError, KeyPair, Output, Session, Ssh};
 use crate::console::{Console, LoginProfile, Regex, Shell, WaitError};
@@ -34,25 +34,28 @@ const QEMU_START: Duration = Duration::from_secs(30);
 const POWER_OFF: Duration = Duration::from_secs(60);
 
 /// From a broken connection to the end of QEMU that broke it.
-pub(crate) const LAST_MOMENTS: Duration = Duration::from_millis(300);
+pub(crate) const LAST_MOMENTS: Duration = Duration::from_secs(1);
 /// From the state to the guest's first answer; it takes half a second.
 const THAW: Duration = Duration::from_secs(30);
 /// An agent that runs answers in milliseconds; one that is still starting needs a few seconds.
 const AGENT: Duration = Duration::from_secs(10);
 
+/// All of the memory is written and read once; a GiB takes a few seconds.
+const CHECKPOINT: Duration = Duration::from_secs(120);
+
 /// What a machine is started with and where its evidence goes.
 #[derive(Clone)]
-pub struct Launch<'a> {
+pub struct Launch {
     /// Shown in process lists.
-    pub name: &'a str,
+    pub name: String,
     /// What the scenario declared.
-    pub needs: &'a Needs,
+    pub needs: Needs,
     /// What it boots.
-    pub image: &'a Image,
+    pub image: Image,
     /// What of this host it is made with.
-    pub host: &'a HostParts,
+    pub host: HostParts,
     /// Opens root's account.
-    pub key: &'a KeyPair,
+    pub key: KeyPair,
     /// From QEMU's start to the first console output: `BOOT_IMAGE_VM_SPAWN_TIMEOUT`.
     pub spawn_timeout: Duration,
     /// From there to the end of the first SSH command: `BOOT_IMAGE_VM_LOGIN_TIMEOUT`.
@@ -60,7 +63,7 @@ pub struct Launch<'a> {
     /// Receives what the machine leaves behind.
     pub evidence: Evidence,
     /// Below this directory the machine has one for its own files, while it runs.
-    pub machines: &'a Path,
+    pub machines: PathBuf,
 }
 
 /// Where a machine's own files are.
@@ -91,16 +94,13 @@ pub struct Vm {
     qmp: Qmp,
     qemu: Qemu,
     spec: MachineSpec,
-    image: Image,
-    key: KeyPair,
-    login_timeout: Duration,
+    launch: Launch,
     deadline: Deadline,
-    evidence: Evidence,
     workspace: Workspace,
     /// By [`Vm::power_off`].
     powered_off: bool,
     /// What it continues from, which must stay while it runs.
-    _template: Option<Template>,
+    template: Option<Template>,
 }
 
 /// Our end of the guest agent's port. It is kept open also where nobody uses it: a port on which
@@ -123,19 +123,19 @@ impl Vm {
     /// A machine [`Fault`] when the guest does not get that far, with the last lines of its
     /// console; a host [`Fault`] when QEMU cannot be started or is killed. The evidence is
     /// collected before the error is returned.
-    pub fn start(launch: Launch<'_>, deadline: &Deadline) -> Result<Self> {
-        let workspace = Workspace::Scratch(Scratch::under(launch.machines)?);
+    pub fn start(launch: Launch, deadline: &Deadline) -> Result<Self> {
+        let workspace = Workspace::Scratch(Scratch::under(&launch.machines)?);
         Self::start_in(launch, workspace, Memory::Own, deadline)
     }
 
     pub(super) fn start_in(
-        launch: Launch<'_>,
+        launch: Launch,
         workspace: Workspace,
         memory: Memory,
         deadline: &Deadline,
     ) -> Result<Self> {
         let mut plan = launch.plan(workspace.path())?;
-        plan.make(workspace.path(), launch.host, deadline)?;
+        plan.make(workspace.path(), &launch.host, deadline)?;
         plan.spec.memory = memory;
         let spawn = launch.spawn_timeout;
         let mut vm = Self::run(launch, plan.spec, workspace, None, deadline)?;
@@ -158,17 +158,17 @@ impl Vm {
     /// # Errors
     /// A host [`Fault`] when QEMU does not take the state, a machine [`Fault`] when the guest does
     /// not answer afterwards.
-    pub fn fork(launch: Launch<'_>, template: Template, deadline: &Deadline) -> Result<Self> {
+    pub fn fork(launch: Launch, template: Template, deadline: &Deadline) -> Result<Self> {
         let begun = Instant::now();
-        let workspace = Workspace::Scratch(Scratch::under(launch.machines)?);
+        let workspace = Workspace::Scratch(Scratch::under(&launch.machines)?);
         let mut plan = launch.plan(workspace.path())?;
-        plan.make_from(&template.dir, workspace.path(), launch.host, deadline)?;
+        plan.make_from(&template.dir, workspace.path(), &launch.host, deadline)?;
         plan.spec.memory = template.memory();
         plan.spec.incoming = true;
         let mut vm = Self::run(launch, plan.spec, workspace, Some(template.clone()), deadline)?;
         match vm.thaw(&template, &deadline.within(THAW, "the start of a fork")) {
             Ok(()) => {
-                vm.evidence.events().emit(Event::Forked { seconds: begun.elapsed().as_secs_f64() });
+                vm.launch.evidence.events().emit(Event::Forked { seconds: begun.elapsed().as_secs_f64() });
                 Ok(vm)
             }
             Err(error) => {
@@ -178,8 +178,76 @@ impl Vm {
         }
     }
 
+    /// A machine that has a template's state in it and stands still.
+    pub(super) fn load(
+        launch: Launch,
+        template: &Template,
+        memory: Memory,
+        deadline: &Deadline,
+    ) -> Result<Stopped> {
+        let workspace = Workspace::Template(template.dir.clone());
+        let mut spec = launch.plan(workspace.path())?.spec;
+        for drive in &mut spec.drives {
+            // Loading writes nothing, and forks are made from these files.
+            drive.format = assemble::format_of(&drive.file)?;
+        }
+        spec.memory = memory;
+        spec.incoming = true;
+        let mut vm = Self::run(launch, spec, workspace, None, deadline)?;
+        template.load(&mut vm.qmp, deadline).map_err(|error| vm.add_obituary(error.into()))?;
+        Ok(Stopped { vm })
+    }
+
+    /// Takes a template of this machine as it is now: its memory, its disks, its running programs.
+    /// The machine goes on afterwards.
+    ///
+    /// SSH connections of this machine are closed for it, since no fork could answer on them.
+    ///
+    /// # Errors
+    /// A host [`Fault`] when the state cannot be saved: NVMe disks cannot, and disks may be full.
+    pub fn checkpoint(&mut self, name: &str) -> Result<Checkpoint> {
+        let deadline = self.deadline.within(CHECKPOINT, "a checkpoint");
+        let mut frozen = match &self.template {
+            Some(template) => template.frozen.clone(),
+            None => Frozen::of(&self.launch),
+        };
+        self.choose_channel(&mut frozen, &deadline)?;
+        self.qmp.execute(&qmp::stop {}, &deadline).context(Fault::host("QEMU cannot stop the machine"))?;
+        let parent = self.template.clone();
+        let template = Template::of_running(
+            &mut self.qmp,
+            &self.launch,
+            self.workspace.path(),
+            frozen,
+            parent,
+            &deadline,
+        );
+        self.qmp.execute(&qmp::cont {}, &deadline).context(Fault::host("QEMU cannot go on"))?;
+        Ok(Checkpoint::new(name, template?, self.launch.clone(), self.deadline.clone()))
+    }
+
+    /// Where this fork continues from, to make more machines like it: each is as this one was when
+    /// the scenario began. `None` for a machine that was booted.
+    pub fn origin(&self) -> Option<Checkpoint> {
+        let template = self.template.clone()?;
+        Some(Checkpoint::new("sibling", template, self.launch.clone(), self.deadline.clone()))
+    }
+
+    /// Bytes of memory that are this machine's alone: what it does not share with its template.
+    /// Counts QEMU itself and its translated code.
+    ///
+    /// # Errors
+    /// When the system cannot tell.
+    pub fn private_memory(&self) -> Result<u64> {
+        let path = format!("/proc/{}/smaps_rollup", self.pid());
+        let text = std::fs::read_to_string(&path).with_context(|| Fault::host(format!("cannot read {path}")))?;
+        let kib = text.lines().find_map(|line| line.strip_prefix("Pss_Anon:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        kib.map(|kib| kib * 1024).with_context(|| Fault::host(format!("{path} does not tell Pss_Anon")))
+    }
+
     fn thaw(&mut self, template: &Template, deadline: &Deadline) -> Result<()> {
-        if let Err(error) = template.thaw(&mut self.qmp, deadline) {
+        let loaded = template.load(&mut self.qmp, deadline);
+        if let Err(error) = loaded.and_then(|()| self.qmp.execute(&qmp::cont {}, deadline).map(drop)) {
             let fault = Fault::host(format!("QEMU does not take the template {}", template.dir.display()))
                 .fix("`shakedown template rm` it: it is made anew then");
             return Err(self.add_obituary(anyhow::Error::new(error).context(fault)));
@@ -199,15 +267,14 @@ impl Vm {
     }
 
     fn run(
-        launch: Launch<'_>,
+        launch: Launch,
         spec: MachineSpec,
         workspace: Workspace,
         template: Option<Template>,
         deadline: &Deadline,
     ) -> Result<Self> {
-        let Launch { image, key, evidence, .. } = launch;
-        let events = evidence.events();
-        let logs = evidence.logs();
+        let events = launch.evidence.events();
+        let logs = launch.evidence.logs();
         let start = deadline.within(QEMU_START, "QEMU's own start");
         let (mut qemu, channels) = Qemu::start(&spec, &logs.join("qemu.stderr"), &events)?;
         let console = Console::attach(channels.console, &logs, events)?;
@@ -215,7 +282,7 @@ impl Vm {
             let fault = Fault::host(format!("{}\nCommand: {}", qemu.obituary(), spec.command_line()));
             anyhow::Error::new(error).context(fault)
         })?;
-        evidence.update(|metadata| {
+        launch.evidence.update(|metadata| {
             metadata.qemu.get_or_insert_default().version = Some(qmp.version().to_owned());
         })?;
         Ok(Self {
@@ -226,20 +293,17 @@ impl Vm {
             qmp,
             qemu,
             spec,
-            image: image.clone(),
-            key: key.clone(),
-            login_timeout: launch.login_timeout,
+            launch,
             deadline: deadline.clone(),
-            evidence,
             workspace,
             powered_off: false,
-            _template: template,
+            template,
         })
     }
 
     /// Waits for a sign of life, from an image that gives one.
     fn hear(&mut self, deadline: &Deadline) -> Result<()> {
-        if self.image.login.is_none() {
+        if self.launch.image.login.is_none() {
             return Ok(());
         }
         let heard = self.console.first_output(deadline);
@@ -247,11 +311,11 @@ impl Vm {
     }
 
     fn become_usable(&mut self) -> Result<()> {
-        let login = self.deadline.within(self.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT");
-        match self.image.key {
+        let login = self.deadline.within(self.launch.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT");
+        match self.launch.image.key {
             KeyEntry::None => Ok(()),
             KeyEntry::Console => {
-                let line = self.key.public_line();
+                let line = self.launch.key.public_line();
                 self.log_in(&login)?;
                 let mut shell = self.session_on_console(&login)?;
                 shell.run(format!(
@@ -266,12 +330,12 @@ impl Vm {
     /// Waits for SSH; meanwhile the moment of the login prompt is noted.
     fn connect(&mut self, deadline: &Deadline) -> Result<()> {
         let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, self.ssh_port()?));
-        let user = self.image.ssh_user().to_owned();
+        let user = self.launch.image.ssh_user().to_owned();
         let watch = self.qemu.watch()?;
-        let target = Target::new(addr, user, self.key.clone()).until(move || watch.gone());
+        let target = Target::new(addr, user, self.launch.key.clone()).until(move || watch.gone());
         let connected = AtomicBool::new(false);
-        let (mut console, evidence) = (self.console.reader(), &self.evidence);
-        let prompt = self.image.login.as_ref().map(LoginProfile::prompt).transpose()?;
+        let (mut console, evidence) = (self.console.reader(), &self.launch.evidence);
+        let prompt = self.launch.image.login.as_ref().map(LoginProfile::prompt).transpose()?;
         let result = std::thread::scope(|scope| {
             if let Some(prompt) = &prompt {
                 scope.spawn(|| note_prompt(&mut console, prompt, &connected, evidence, deadline));
@@ -282,9 +346,10 @@ impl Vm {
         });
         match result {
             Ok(ssh) => {
-                let reached = Some(metadata::Ssh { host: addr.ip().to_string(), port: addr.port(), executable: None });
-                self.evidence.update(|metadata| metadata.ssh = reached)?;
-                self.evidence.events().emit(Event::SshReady);
+                let reached =
+                    Some(metadata::Ssh { host: addr.ip().to_string(), port: addr.port(), executable: None });
+                self.launch.evidence.update(|metadata| metadata.ssh = reached)?;
+                self.launch.evidence.events().emit(Event::SshReady);
                 self.ssh = Some(ssh);
                 Ok(())
             }
@@ -298,16 +363,16 @@ impl Vm {
     /// # Errors
     /// A host [`Fault`] when the image has no SSH, a machine [`Fault`] when it does not answer.
     pub fn ssh(&mut self) -> Result<Session<'_>> {
-        if self.image.key == KeyEntry::None {
-            return Err(Fault::host(format!("image `{}` has no way in by SSH", self.image.name))
+        if self.launch.image.key == KeyEntry::None {
+            return Err(Fault::host(format!("image `{}` has no way in by SSH", self.launch.image.name))
                 .fix("use vm.console(), or set `key` in the image's settings")
                 .into());
         }
         if self.ssh.is_none() {
-            self.connect(&self.deadline.within(self.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT"))?;
+            self.connect(&self.deadline.within(self.launch.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT"))?;
         }
         let ssh = self.ssh.as_mut().context(Fault::host("there is no SSH connection"))?;
-        Ok(Session::new(ssh, self.deadline.clone(), self.evidence.events()))
+        Ok(Session::new(ssh, self.deadline.clone(), self.launch.evidence.events()))
     }
 
     /// The machine over its fastest channel: the guest agent where the image has it, else the serial
@@ -323,7 +388,7 @@ impl Vm {
         let AgentPort::Ready(agent) = &mut self.agent else {
             return Err(Fault::host("the guest agent is gone").into());
         };
-        Ok(Session::new(agent, self.deadline.clone(), self.evidence.events()))
+        Ok(Session::new(agent, self.deadline.clone(), self.launch.evidence.events()))
     }
 
     /// The guest agent, if one answers in time; it is asked once.
@@ -346,25 +411,28 @@ impl Vm {
         if !state.success() {
             self.note(format!("the template's system is {}", state.trimmed()));
         }
-        frozen.agent = self.agent(&deadline.within(AGENT, "the guest agent's first answer")).is_some();
-        if frozen.agent {
-            // What every fork will do first, so that it finds its pages warm.
-            self.shell()?.run("date -u -s @$(date +%s) >/dev/null; echo warm | cat")?;
-        } else {
-            self.log_in(deadline)?;
-            frozen.shell = self.shell.as_ref().map(|shell| shell.token().to_owned());
-        }
-        // The session ends before the freeze: its peer would be gone in every fork.
-        self.ssh = None;
+        self.choose_channel(frozen, deadline)?;
+        // What every fork will do first, so that it finds its pages warm.
+        self.shell()?.run("date -u -s @$(date +%s) >/dev/null; echo warm | cat")?;
         self.qemu.wait_idle(deadline)
     }
 
-    /// Stops the guest for good and gives what saves its state, with QEMU's version.
-    pub(super) fn into_frozen_state(mut self, deadline: &Deadline) -> Result<(Stopped, String)> {
+    /// Finds the channel that forks will use, and ends the SSH session: its peer would be gone in
+    /// every fork.
+    fn choose_channel(&mut self, frozen: &mut Frozen, deadline: &Deadline) -> Result<()> {
+        frozen.agent = self.agent(&deadline.within(AGENT, "the guest agent's first answer")).is_some();
+        if !frozen.agent {
+            self.log_in(deadline)?;
+            frozen.shell = self.shell.as_ref().map(|shell| shell.token().to_owned());
+        }
+        self.ssh = None;
+        Ok(())
+    }
+
+    /// Stops the guest for good.
+    pub(super) fn stop(mut self, deadline: &Deadline) -> Result<Stopped> {
         self.qmp.execute(&qmp::stop {}, deadline).context(Fault::host("QEMU cannot stop the machine"))?;
-        let version = self.qmp.version().to_owned();
-        let Self { qmp, qemu, .. } = self;
-        Ok((Stopped { qmp, _qemu: qemu }, version))
+        Ok(Stopped { vm: self })
     }
 
     /// The machine over its serial console, logged in as root. The first call logs in.
@@ -373,19 +441,19 @@ impl Vm {
     /// A machine [`Fault`] when the login does not succeed.
     pub fn console(&mut self) -> Result<Session<'_>> {
         let deadline = self.deadline.clone();
-        self.log_in(&deadline.within(self.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT"))?;
+        self.log_in(&deadline.within(self.launch.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT"))?;
         self.session_on_console(&deadline)
     }
 
     fn session_on_console(&mut self, deadline: &Deadline) -> Result<Session<'_>> {
         let shell = self.shell.as_mut().context(Fault::host("not logged in on the console"))?;
-        Ok(Session::new(shell, deadline.clone(), self.evidence.events()))
+        Ok(Session::new(shell, deadline.clone(), self.launch.evidence.events()))
     }
 
     fn log_in(&mut self, deadline: &Deadline) -> Result<()> {
         if self.shell.is_none() {
-            let profile = self.image.login.clone().ok_or_else(|| {
-                Fault::host(format!("image `{}` has no login on its serial console", self.image.name))
+            let profile = self.launch.image.login.clone().ok_or_else(|| {
+                Fault::host(format!("image `{}` has no login on its serial console", self.launch.image.name))
             })?;
             let shell = self.console.login(&profile, deadline);
             self.shell = Some(shell.map_err(|error| self.add_obituary(error))?);
@@ -399,7 +467,8 @@ impl Vm {
     /// # Errors
     /// A machine [`Fault`] when the pattern does not come in time or the machine ends.
     pub fn wait_for_console(&mut self, pattern: &str, timeout: Duration) -> Result<String> {
-        let regex = Regex::new(pattern).context(Fault::host(format!("`{pattern}` is not a regular expression")))?;
+        let regex =
+            Regex::new(pattern).context(Fault::host(format!("`{pattern}` is not a regular expression")))?;
         let deadline = self.deadline.within(timeout, "the wait for a line on the console");
         let found = self.console.wait_for(&regex, &deadline);
         found.map_err(|error| self.explain(error, &format!("`{pattern}` did not come on the serial console")))
@@ -417,7 +486,7 @@ impl Vm {
     pub fn power_off(&mut self) -> Result<()> {
         let deadline = self.deadline.within(POWER_OFF, "a clean power-off");
         self.powered_off = true;
-        self.evidence.events().emit(Event::PowerOffRequested);
+        self.launch.evidence.events().emit(Event::PowerOffRequested);
         let status = match self.press_until_off(&deadline) {
             Ok(status) => status,
             Err(error) => {
@@ -470,7 +539,7 @@ impl Vm {
     }
 
     fn take_screenshot(&mut self, label: &str, deadline: &Deadline) -> Result<PathBuf> {
-        let file = self.evidence.diagnostic(label, "png");
+        let file = self.launch.evidence.diagnostic(label, "png");
         let command = qmp::screendump {
             device: None,
             head: None,
@@ -486,8 +555,8 @@ impl Vm {
     /// # Errors
     /// A machine [`Fault`] when the pattern does not come in time or the machine ends.
     pub fn wait_for_screen(&mut self, pattern: &str, timeout: Duration) -> Result<String> {
-        let regex =
-            Regex::new(pattern).with_context(|| Fault::host(format!("`{pattern}` is not a regular expression")))?;
+        let regex = Regex::new(pattern)
+            .with_context(|| Fault::host(format!("`{pattern}` is not a regular expression")))?;
         let deadline = self.deadline.within(timeout, "the wait for a text on the screen");
         loop {
             let screen = screen::text(&mut self.qmp, self.workspace.path(), &deadline)
@@ -497,8 +566,9 @@ impl Vm {
             }
             if let Err(stop) = deadline.check() {
                 let shown = indent(&screen);
-                return Err(anyhow::Error::new(stop)
-                    .context(Fault::machine(format!("`{pattern}` did not come on the screen, which shows:\n{shown}"))));
+                return Err(anyhow::Error::new(stop).context(Fault::machine(format!(
+                    "`{pattern}` did not come on the screen, which shows:\n{shown}"
+                ))));
             }
             // The screen gives no sign of change; a look costs QEMU half a millisecond.
             std::thread::sleep(deadline.slice(Duration::from_millis(50)));
@@ -578,7 +648,11 @@ impl Vm {
 
     /// The channel for questions about the machine's state: SSH where it is there, else the agent,
     /// else the console.
-    pub(super) fn ask(&mut self, cmd: Cmd<'_>, deadline: &Deadline) -> Option<Result<Output, ConnectionError>> {
+    pub(super) fn ask(
+        &mut self,
+        cmd: Cmd<'_>,
+        deadline: &Deadline,
+    ) -> Option<Result<Output, ConnectionError>> {
         if let Some(ssh) = &mut self.ssh {
             return Some(ssh.run(cmd, deadline));
         }
@@ -586,7 +660,7 @@ impl Vm {
             return Some(agent.run(cmd, deadline));
         }
         if self.shell.is_none()
-            && let Some(profile) = &self.image.login
+            && let Some(profile) = &self.launch.image.login
         {
             self.shell = self.console.login(profile, deadline).ok();
         }
@@ -603,14 +677,14 @@ impl Vm {
     }
 
     pub(super) fn file(&self, label: &str, extension: &str, content: &[u8]) {
-        let path = self.evidence.diagnostic(label, extension);
+        let path = self.launch.evidence.diagnostic(label, extension);
         if let Err(error) = std::fs::write(&path, content) {
             self.note(format!("cannot write {}: {error}", path.display()));
         }
     }
 
     pub(super) fn note(&self, text: impl Into<String>) {
-        self.evidence.events().note(text);
+        self.launch.evidence.events().note(text);
     }
 }
 
@@ -634,19 +708,18 @@ impl std::fmt::Display for Death {
 
 /// A machine that stands still and is about to be saved.
 pub(super) struct Stopped {
-    qmp: Qmp,
-    _qemu: Qemu,
+    vm: Vm,
 }
 
-impl AsMut<Qmp> for Stopped {
-    fn as_mut(&mut self) -> &mut Qmp {
-        &mut self.qmp
+impl Stopped {
+    pub(super) fn qmp(&mut self) -> &mut Qmp {
+        &mut self.vm.qmp
     }
 }
 
-impl Launch<'_> {
+impl Launch {
     pub(super) fn plan(&self, dir: &Path) -> Result<Plan> {
-        assemble::plan(self.name, self.needs, self.image, self.host, &self.key.public_line(), dir)
+        assemble::plan(&self.name, &self.needs, &self.image, &self.host, &self.key.public_line(), dir)
     }
 }
 
@@ -661,7 +734,9 @@ fn note_prompt(
     loop {
         // Asked before the look, so that one look follows the connection.
         let last = connected.load(Ordering::SeqCst);
-        match console.wait_for(prompt, &deadline.within(Duration::from_millis(100), "one look at the console")) {
+        match console
+            .wait_for(prompt, &deadline.within(Duration::from_millis(100), "one look at the console"))
+        {
             Ok(_) => return evidence.events().emit(Event::LoginSeen),
             Err(WaitError::Stopped(Stop::Expired { .. })) if !last && !deadline.expired() => {}
             Err(_) => return,

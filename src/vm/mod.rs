@@ -13,5 +13,5 @@ pub mod template;
 
 pub(crate) use machine::{Death, LAST_MOMENTS};
 pub use machine::{Launch, Vm};
-pub use template::Template;
 pub use needs::{Boot, Bus, DiskNeed, Firmware, Medium, Needs};
+pub use template::Template;

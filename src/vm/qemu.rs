@@ -119,9 +119,11 @@ impl Qemu {
     /// What QEMU has used so far: proc_pid_stat(5), fields 14 and 15, in ticks of a hundredth.
     fn processor_seconds(&self) -> Result<f64> {
         let path = format!("/proc/{}/stat", self.id());
-        let text = std::fs::read_to_string(&path).with_context(|| Fault::host(format!("cannot read {path}")))?;
+        let text =
+            std::fs::read_to_string(&path).with_context(|| Fault::host(format!("cannot read {path}")))?;
         let after_name = text.rsplit(')').next().unwrap_or_default();
-        let ticks: u64 = after_name.split_whitespace().skip(11).take(2).filter_map(|t| t.parse::<u64>().ok()).sum();
+        let ticks: u64 =
+            after_name.split_whitespace().skip(11).take(2).filter_map(|t| t.parse::<u64>().ok()).sum();
         Ok(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
     }
 

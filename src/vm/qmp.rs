@@ -99,7 +99,10 @@ impl Qmp {
             match qmp.message("greeting", deadline)? {
                 Message::Greeting { greeting: Greeting { version } } => {
                     let qmp::VersionInfo { qemu, package } = version;
-                    qmp.version = format!("QEMU emulator version {}.{}.{} ({package})", qemu.major, qemu.minor, qemu.micro);
+                    qmp.version = format!(
+                        "QEMU emulator version {}.{}.{} ({package})",
+                        qemu.major, qemu.minor, qemu.micro
+                    );
                     break;
                 }
                 Message::Event { event } => qmp.events.push(event),

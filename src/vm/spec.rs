@@ -76,6 +76,16 @@ pub enum DriveFormat {
     Qcow2,
 }
 
+impl DriveFormat {
+    /// As QEMU writes it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+}
+
 /// How a drive shows in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attach {
@@ -120,7 +130,10 @@ impl MachineSpec {
             Memory::Private(file) => Some((file, "off")),
         } {
             let (size, file) = (self.memory_mib, comma(file));
-            a.opt("-object", format!("memory-backend-file,id=ram,size={size}M,share={share},mem-path={file}"));
+            a.opt(
+                "-object",
+                format!("memory-backend-file,id=ram,size={size}M,share={share},mem-path={file}"),
+            );
         }
         if self.incoming {
             a.opt("-incoming", "defer");
@@ -201,11 +214,8 @@ impl MachineSpec {
 impl Drive {
     fn argv(&self, index: usize, ahci_port: &mut u8, a: &mut Argv) {
         let node = format!("drive{index}");
-        let (format, read_only) = match self.format {
-            DriveFormat::Raw => ("raw", self.read_only || self.attach == Attach::Cdrom),
-            DriveFormat::Qcow2 => ("qcow2", self.read_only),
-        };
-        let read_only = if read_only { "on" } else { "off" };
+        let format = self.format.as_str();
+        let read_only = if self.read_only || self.attach == Attach::Cdrom { "on" } else { "off" };
         // Unsafe caching: the files die with the machine, so the guest's flushes need not reach a disk.
         a.opt(
             "-blockdev",
@@ -329,7 +339,9 @@ mod tests {
         spec.credentials = vec![("ssh.authorized_keys.root".into(), b"ssh-ed25519 AAAA".to_vec())];
         let line = line(&spec);
         assert!(
-            line.contains("type=11,value=io.systemd.credential.binary:ssh.authorized_keys.root=c3NoLWVkMjU1MTkgQUFBQQ=="),
+            line.contains(
+                "type=11,value=io.systemd.credential.binary:ssh.authorized_keys.root=c3NoLWVkMjU1MTkgQUFBQQ=="
+            ),
             "{line}"
         );
     }

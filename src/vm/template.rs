@@ -5,8 +5,7 @@
 //! from QEMU's start to a machine that runs.
 
 use super::Vm;
-use super::assemble;
-use super::machine::{Launch, Workspace};
+use super::machine::{Launch, Stopped, Workspace};
 use super::qmp::{Qmp, QmpError};
 use super::spec::Memory;
 use crate::deadline::Deadline;
@@ -14,13 +13,15 @@ use crate::fault::Fault;
 use crate::image::digest;
 use crate::image::store::{Entry, Guard, Kind, Store};
 use crate::record::event::{Event, Events};
-use crate::record::Evidence;
+use crate::record::{Evidence, Scratch};
 use anyhow::{Context, Result, bail};
 use qapi::qmp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// Raised when templates of an older version must not be used any more.
@@ -29,7 +30,7 @@ const FORMAT: u32 = 1;
 const RAM: &str = "ram";
 const STATE: &str = "state";
 /// A guest that is never idle is frozen as it is.
-const SETTLE_TIME: Duration = Duration::from_secs(60);
+const SETTLE_TIME: Duration = Duration::from_secs(40);
 /// The device state is half a MiB; without shared memory it is all of the memory.
 const FREEZE_TIME: Duration = Duration::from_secs(120);
 
@@ -54,6 +55,22 @@ pub struct Frozen {
     pub shell: Option<String>,
 }
 
+impl Frozen {
+    /// What is known before the machine runs.
+    pub(super) fn of(launch: &Launch) -> Self {
+        Self {
+            image: format!("{} {}", launch.image.name, launch.image.digest),
+            accelerator: launch.host.accelerator.to_string(),
+            qemu: String::new(),
+            memory_mib: launch.needs.memory_mib,
+            boot_seconds: None,
+            copied: false,
+            agent: false,
+            shell: None,
+        }
+    }
+}
+
 impl Kind for Frozen {
     const NAME: &'static str = "template";
     // A gigabyte of memory would take longer to digest than the machine to boot.
@@ -73,8 +90,17 @@ impl Kind for Frozen {
 pub struct Template {
     pub(super) dir: PathBuf,
     pub(super) frozen: Frozen,
-    /// Keeps it in the store while forks of it run.
-    _guard: Guard,
+    _hold: Hold,
+}
+
+/// What keeps a template's files while forks of it run.
+#[derive(Clone, Debug)]
+#[allow(dead_code, reason = "held, not read")]
+enum Hold {
+    /// It is in the store.
+    Store(Guard),
+    /// It is a scenario's own, on top of the template that its machine came from.
+    Checkpoint(Arc<Scratch>, Option<Box<Template>>),
 }
 
 /// The templates below `cache`.
@@ -93,16 +119,17 @@ impl Template {
     /// What the boot gives.
     pub fn get(
         store: &Store<Frozen>,
-        launch: &Launch<'_>,
+        launch: &Launch,
         evidence: impl FnOnce() -> Result<Evidence>,
         deadline: &Deadline,
         events: &Events,
     ) -> Result<Self> {
         let key = key(launch)?;
         let name = launch.image.name.as_str();
-        let entry = store.get(&key, name, deadline, events, |dir, log| freeze(launch, dir, log, evidence()?, deadline))?;
+        let entry = store
+            .get(&key, name, deadline, events, |dir, log| freeze(launch, dir, log, evidence()?, deadline))?;
         let Entry { dir, manifest, guard } = entry;
-        Ok(Self { dir, frozen: manifest.facts, _guard: guard })
+        Ok(Self { dir, frozen: manifest.facts, _hold: Hold::Store(guard) })
     }
 
     /// Where a fork maps its memory from.
@@ -110,30 +137,101 @@ impl Template {
         if self.frozen.copied { Memory::Own } else { Memory::Private(self.dir.join(RAM)) }
     }
 
-    /// Loads the device state into a QEMU that waits for it.
-    pub(super) fn thaw(&self, qmp: &mut Qmp, deadline: &Deadline) -> Result<(), QmpError> {
+    /// Loads the device state into a QEMU that waits for it. The guest stands still afterwards.
+    pub(super) fn load(&self, qmp: &mut Qmp, deadline: &Deadline) -> Result<(), QmpError> {
         if !self.frozen.copied {
-            share_memory(qmp, deadline)?;
+            share_memory(qmp, true, deadline)?;
         }
         let state = crate::process::quote(&self.dir.join(STATE).to_string_lossy());
-        let incoming =
-            qmp::migrate_incoming { channels: None, exit_on_error: None, uri: Some(format!("exec:cat {state}")) };
+        let incoming = qmp::migrate_incoming {
+            channels: None,
+            exit_on_error: None,
+            uri: Some(format!("exec:cat {state}")),
+        };
         qmp.execute(&incoming, deadline)?;
-        loop {
-            match qmp.execute(&qmp::query_status {}, deadline)?.status {
-                qmp::RunState::inmigrate => std::thread::sleep(deadline.slice(Duration::from_millis(3))),
-                _ => break,
-            }
+        while let qmp::RunState::inmigrate = qmp.execute(&qmp::query_status {}, deadline)?.status {
+            std::thread::sleep(deadline.slice(Duration::from_millis(3)));
         }
-        qmp.execute(&qmp::cont {}, deadline).map(drop)
+        Ok(())
+    }
+}
+
+/// A template that a scenario took of its machine in mid-run, to fork variations from. It is the
+/// scenario's own and gone with the last value that refers to it.
+#[derive(Clone)]
+pub struct Checkpoint {
+    name: String,
+    template: Template,
+    launch: Launch,
+    deadline: Deadline,
+    forks: Arc<AtomicUsize>,
+}
+
+impl Checkpoint {
+    pub(super) fn new(name: &str, template: Template, launch: Launch, deadline: Deadline) -> Self {
+        Self { name: name.to_owned(), template, launch, deadline, forks: Arc::default() }
+    }
+
+    /// A new machine that continues from here. Several may run at once; all of them count as the one
+    /// machine that the scenario declared, so mind the host's memory.
+    ///
+    /// Its evidence is in a directory of its own below the scenario's.
+    ///
+    /// # Errors
+    /// As [`Vm::fork`].
+    pub fn fork(&self) -> Result<Vm> {
+        let number = self.forks.fetch_add(1, Ordering::Relaxed) + 1;
+        let evidence = self.launch.evidence.child(&format!("{}-{number}", self.name))?;
+        Vm::fork(Launch { evidence, ..self.launch.clone() }, self.template.clone(), &self.deadline)
+    }
+}
+
+impl Template {
+    /// The machine behind `qmp` as it stands still now, whose own files are in `files`.
+    pub(super) fn of_running(
+        qmp: &mut Qmp,
+        launch: &Launch,
+        files: &Path,
+        mut frozen: Frozen,
+        parent: Option<Template>,
+        deadline: &Deadline,
+    ) -> Result<Self> {
+        let scratch = Scratch::under(&launch.machines)?;
+        let dir = scratch.path().to_owned();
+        // Its memory is not in a file that others could map, so all of it goes into the state ...
+        let whole = share_memory(qmp, false, deadline);
+        whole.context(Fault::host("QEMU cannot save a machine with its memory"))?;
+        migrate_to(qmp, &dir.join(STATE), deadline)?;
+        frozen.copied = true;
+        launch.plan(files)?.copy_files(files, &dir, deadline)?;
+        let mut template = Self {
+            dir: dir.clone(),
+            frozen,
+            _hold: Hold::Checkpoint(Arc::new(scratch), parent.map(Box::new)),
+        };
+        // ... and from there, once, into such a file: each fork then costs what it changes.
+        template.spread(launch, deadline)?;
+        Ok(template)
+    }
+
+    /// Turns a state with all the memory in it into one beside the memory.
+    fn spread(&mut self, launch: &Launch, deadline: &Deadline) -> Result<()> {
+        let evidence = launch.evidence.child("checkpoint")?;
+        let launch = Launch { evidence, ..launch.clone() };
+        let memory = Memory::Shared(self.dir.join(RAM));
+        let mut stopped = Vm::load(launch, self, memory, deadline)?;
+        let state = self.dir.join("state-beside");
+        self.frozen.copied = save(&mut stopped, &state, deadline)?;
+        std::fs::rename(&state, self.dir.join(STATE))
+            .with_context(|| Fault::host(format!("cannot replace the state in {}", self.dir.display())))
     }
 }
 
 /// All that makes a template valid, in one number. Paths of the machine's own files do not count.
-fn key(launch: &Launch<'_>) -> Result<String> {
+fn key(launch: &Launch) -> Result<String> {
     let place = Path::new("/template");
-    let Launch { name, needs, image, host, key, .. } = launch;
-    let mut plan = assemble::plan(name, needs, image, host, &key.public_line(), place)?;
+    let Launch { needs, image, host, .. } = launch;
+    let mut plan = launch.plan(place)?;
     plan.spec.memory = Memory::Shared(place.join(RAM));
     let qemu = host.qemu.metadata().context(Fault::host("cannot look at QEMU"))?;
     let disks: Vec<_> = needs.disks.iter().map(|disk| disk.bytes).collect();
@@ -157,9 +255,16 @@ fn processor() -> String {
     first.lines().filter(tells).collect::<Vec<_>>().join("\n")
 }
 
-fn freeze(launch: &Launch<'_>, dir: &Path, log: &Path, evidence: Evidence, deadline: &Deadline) -> Result<Frozen> {
+fn freeze(
+    launch: &Launch,
+    dir: &Path,
+    log: &Path,
+    evidence: Evidence,
+    deadline: &Deadline,
+) -> Result<Frozen> {
     let where_to = evidence.directory().display().to_string();
-    std::fs::write(log, format!("{where_to}\n")).with_context(|| Fault::host(format!("cannot write {}", log.display())))?;
+    std::fs::write(log, format!("{where_to}\n"))
+        .with_context(|| Fault::host(format!("cannot write {}", log.display())))?;
     let launch = Launch { evidence: evidence.clone(), ..launch.clone() };
     let result = boot_and_freeze(launch, dir, deadline);
     let (outcome, reason) = match &result {
@@ -170,38 +275,35 @@ fn freeze(launch: &Launch<'_>, dir: &Path, log: &Path, evidence: Evidence, deadl
     result.with_context(|| format!("booting the machine to fork from; its evidence is in {where_to}"))
 }
 
-fn boot_and_freeze(launch: Launch<'_>, dir: &Path, deadline: &Deadline) -> Result<Frozen> {
-    let mut frozen = Frozen {
-        image: format!("{} {}", launch.image.name, launch.image.digest),
-        accelerator: launch.host.accelerator.to_string(),
-        qemu: String::new(),
-        memory_mib: launch.needs.memory_mib,
-        boot_seconds: None,
-        copied: false,
-        agent: false,
-        shell: None,
-    };
+fn boot_and_freeze(launch: Launch, dir: &Path, deadline: &Deadline) -> Result<Frozen> {
+    let mut frozen = Frozen::of(&launch);
     let evidence = launch.evidence.clone();
     let memory = Memory::Shared(dir.join(RAM));
     let mut vm = Vm::start_in(launch, Workspace::Template(dir.to_owned()), memory, deadline)?;
     vm.settle(&mut frozen, &deadline.within(SETTLE_TIME, "the guest's coming to rest"))?;
-    let (qmp, version) = vm.into_frozen_state(deadline)?;
-    frozen.qemu = version;
+    let mut stopped = vm.stop(deadline)?;
+    frozen.qemu = stopped.qmp().version().to_owned();
     let deadline = deadline.within(FREEZE_TIME, "saving the machine's state");
-    frozen.copied = save(qmp, &dir.join(STATE), &deadline)?;
+    frozen.copied = save(&mut stopped, &dir.join(STATE), &deadline)?;
     frozen.boot_seconds = evidence.metadata().timings.boot_to_ssh_seconds;
     Ok(frozen)
 }
 
-/// Saves the state of a machine that stands still, and ends it. True when the memory had to go into
+/// Saves the state of a machine that stands still. True when the memory had to go into
 /// the state, because this QEMU cannot leave it where it is.
-fn save(mut machine: impl AsMut<Qmp>, state: &Path, deadline: &Deadline) -> Result<bool> {
-    let qmp = machine.as_mut();
-    let copied = match share_memory(qmp, deadline) {
+fn save(machine: &mut Stopped, state: &Path, deadline: &Deadline) -> Result<bool> {
+    let qmp = machine.qmp();
+    let copied = match share_memory(qmp, true, deadline) {
         Ok(()) => false,
         Err(QmpError::Refused { .. }) => true,
         Err(error) => return Err(error).context(Fault::host("cannot prepare the freezing")),
     };
+    migrate_to(qmp, state, deadline)?;
+    Ok(copied)
+}
+
+/// Writes the state of a machine that stands still to a file.
+fn migrate_to(qmp: &mut Qmp, state: &Path, deadline: &Deadline) -> Result<()> {
     let to = crate::process::quote(&state.to_string_lossy());
     let migrate =
         qmp::migrate { channels: None, detach: None, resume: None, uri: Some(format!("exec:cat >{to}")) };
@@ -210,22 +312,23 @@ fn save(mut machine: impl AsMut<Qmp>, state: &Path, deadline: &Deadline) -> Resu
     loop {
         let info = qmp.execute(&qmp::query_migrate {}, deadline).with_context(cannot)?;
         match info.status {
-            Some(qmp::MigrationStatus::completed) => break,
+            Some(qmp::MigrationStatus::completed) => return Ok(()),
             Some(qmp::MigrationStatus::failed) => {
                 let why = info.error_desc.unwrap_or_else(|| "QEMU does not say why".into());
-                let fault = cannot();
-                let device = "a device of this machine may not be one that can be frozen (9p, virtiofs), or the disk is full";
-                bail!(fault.fix(device).because(anyhow::anyhow!(why)));
+                let fix = "see that the disk has room and that no device of the machine is one that QEMU cannot save";
+                bail!(cannot().fix(fix).because(anyhow::anyhow!(why)));
             }
-            _ => std::thread::sleep(deadline.slice(Duration::from_millis(5))),
+            _ => {
+                deadline.check().with_context(cannot)?;
+                std::thread::sleep(deadline.slice(Duration::from_millis(5)));
+            }
         }
     }
-    Ok(copied)
 }
 
-/// Leaves the memory out of the state: it is in its file already.
-fn share_memory(qmp: &mut Qmp, deadline: &Deadline) -> Result<(), QmpError> {
+/// Leaves the memory out of the state, where it is in a file already, or not.
+fn share_memory(qmp: &mut Qmp, state: bool, deadline: &Deadline) -> Result<(), QmpError> {
     let capability =
-        qmp::MigrationCapabilityStatus { capability: qmp::MigrationCapability::x_ignore_shared, state: true };
+        qmp::MigrationCapabilityStatus { capability: qmp::MigrationCapability::x_ignore_shared, state };
     qmp.execute(&qmp::migrate_set_capabilities { capabilities: vec![capability] }, deadline).map(drop)
 }

@@ -6,7 +6,11 @@ use shakedown::prelude::*;
 fn is_up(vm: &mut Vm, firmware: &str) -> Result<()> {
     let mut ssh = vm.ssh()?;
     ensure!(ssh.run("id -un")?.trimmed() == "root", "SSH does not log in as root");
-    let booted = if ssh.run(Cmd::new("test -d /sys/firmware/efi").allow_failure())?.success() { "uefi" } else { "bios" };
+    let booted = if ssh.run(Cmd::new("test -d /sys/firmware/efi").allow_failure())?.success() {
+        "uefi"
+    } else {
+        "bios"
+    };
     ensure!(booted == firmware, "booted by {booted}, wanted {firmware}");
     // A unit may still be on its way when SSH answers.
     let state = ssh.run(Cmd::new("systemctl is-system-running --wait").allow_failure())?;

@@ -11,8 +11,11 @@ fn three_disks_have_their_sizes_and_are_blank(vm: &mut Vm) -> Result<()> {
     let listed = listed.text();
     let listed: Vec<Vec<&str>> = listed.lines().map(|l| l.split_whitespace().collect()).collect();
     let sizes = [4096 * MIB, 1536 * MIB, 1536 * MIB].map(|b| b.to_string());
-    let wanted: Vec<Vec<&str>> =
-        vec![vec!["vda", &sizes[0], "disk0"], vec!["vdb", &sizes[1], "disk1"], vec!["vdc", &sizes[2], "disk2"]];
+    let wanted: Vec<Vec<&str>> = vec![
+        vec!["vda", &sizes[0], "disk0"],
+        vec!["vdb", &sizes[1], "disk1"],
+        vec!["vdc", &sizes[2], "disk2"],
+    ];
     ensure!(listed == wanted, "lsblk lists {listed:?}");
     let signatures = ssh.run("wipefs --noheadings /dev/vda /dev/vdb /dev/vdc")?;
     ensure!(signatures.stdout.is_empty(), "signatures on blank disks: {}", signatures.text());

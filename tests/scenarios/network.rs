@@ -3,7 +3,8 @@
 use shakedown::prelude::*;
 use std::time::Duration;
 
-#[scenario(markers = [vm], timeout = "5m")]
+/// Cold: the line is said once, when the first lease comes.
+#[scenario(markers = [vm], boot = cold, timeout = "5m")]
 fn ipv4_address_is_announced_on_the_serial_console(vm: &mut Vm) -> Result<()> {
     let addresses = vm.ssh()?.run("ip -4 -o addr show scope global")?;
     ensure!(addresses.text().contains("inet 10.0.2.15/24"), "addresses: {}", addresses.text());

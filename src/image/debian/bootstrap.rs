@@ -52,7 +52,7 @@ pub(super) fn bootstrap(
         std::fs::write(file, text)
             .with_context(|| Fault::host(format!("cannot write {}", file.display())))?;
     }
-    let mut command = Command::new(tools::require("mmdebstrap")?);
+    let mut command = mmdebstrap(deadline)?;
     command
         .arg(if is_root() { "--mode=root" } else { "--mode=unshare" })
         .args(["--verbose", "--variant=apt", "--format=tar", "--aptopt=Acquire::Languages \"none\""])
@@ -73,7 +73,10 @@ pub(super) fn bootstrap(
         .arg(format!("--customize-hook={}", files::CUSTOMIZE))
         .arg(format!("--customize-hook=rm -f \"$1\"{TRANSPORT}"))
         .args(["".as_ref(), tar.as_os_str(), sources.as_os_str()]);
-    let (mut command, _life) = with_watcher(&command)?;
+    let script = scratch.join("mmdebstrap.sh");
+    let (mut command, _life) = with_watcher(&command, &script)?;
+    // The script goes, the log stays.
+    std::fs::copy(&script, log).with_context(|| Fault::host(format!("cannot write {}", log.display())))?;
     command
         .env("LC_ALL", "C.UTF-8")
         .env("TMPDIR", temp)
@@ -87,6 +90,25 @@ pub(super) fn bootstrap(
     .map_err(explain)
 }
 
+/// Root's mounts below the tree go into a mount namespace, and so go away with their processes.
+/// An ordinary user's mmdebstrap makes its own; where root may not make one, it may not mount either.
+fn mmdebstrap(deadline: &Deadline) -> Result<Command> {
+    let program = tools::require("mmdebstrap")?;
+    let namespace = || {
+        let mut command = Command::new("unshare");
+        command.arg("--mount");
+        command
+    };
+    let mut attempt = namespace();
+    attempt.arg("true");
+    if !is_root() || process::output(attempt, deadline).is_err() {
+        return Ok(Command::new(program));
+    }
+    let mut command = namespace();
+    command.arg(program);
+    Ok(command)
+}
+
 /// mmdebstrap's own: `/bin` and its like are links, so that no package has to move files later.
 const MERGED_USR: &str = "/usr/share/mmdebstrap/hooks/merged-usr";
 /// Where the host's way to the mirrors lies in the root while packages are fetched.
@@ -94,13 +116,20 @@ const TRANSPORT: &str = "/etc/apt/apt.conf.d/90shakedown-transport";
 
 /// Puts a process beside `command`, in its group, that kills the group once our end of a pipe is
 /// closed. The death signal of [`process::spawn`] reaches only the direct child, and mmdebstrap's
-/// children would go on without it.
-fn with_watcher(command: &Command) -> Result<(Command, PipeWriter)> {
-    const SCRIPT: &str = r#"{ read -r _ <&3; kill -KILL 0; } </dev/null >/dev/null 2>&1 & exec "$@" 3<&-"#;
+/// children would go on without it. The command becomes the script `script`, as its line is longer
+/// than any message should be.
+fn with_watcher(command: &Command, script: &Path) -> Result<(Command, PipeWriter)> {
+    const WATCHER: &str = "{ read -r _ <&3; kill -KILL 0; } </dev/null >/dev/null 2>&1 &";
+    let words: Vec<_> = std::iter::once(command.get_program())
+        .chain(command.get_args())
+        .map(|word| process::quote(&word.to_string_lossy()))
+        .collect();
+    std::fs::write(script, format!("{WATCHER}\nexec {} 3<&-\n", words.join(" \\\n    ")))
+        .with_context(|| Fault::host(format!("cannot write {}", script.display())))?;
     let (reader, writer) = std::io::pipe().context(Fault::host("cannot make a pipe"))?;
     let mut watched = Command::new("/bin/sh");
-    watched.args(["-c", SCRIPT, "sh"]).arg(command.get_program()).args(command.get_args());
     watched
+        .arg(script)
         .fd_mappings(vec![FdMapping { parent_fd: OwnedFd::from(reader), child_fd: 3 }])
         .context(Fault::host("cannot hand a pipe to a child"))?;
     Ok((watched, writer))
@@ -246,7 +275,8 @@ mod tests {
     fn the_watcher_ends_the_group_when_our_end_of_the_pipe_goes() {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", "sleep 1000 & echo $!; wait"]);
-        let (mut command, life) = with_watcher(&command).expect("prepared");
+        let dir = tempfile::tempdir().expect("temp dir");
+        let (mut command, life) = with_watcher(&command, &dir.path().join("script")).expect("prepared");
         command.stdout(Stdio::piped());
         let mut child = process::spawn(command).expect("starts");
         let (_, stdout, _) = child.pipes();

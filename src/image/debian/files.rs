@@ -44,6 +44,7 @@ const PACKAGES: &str = file!("packages");
 
 /// Laid over the installed packages.
 pub(super) const OVERLAY: &[RecipeFile] = overlay![
+    "etc/default/locale",
     "etc/hostname",
     "etc/hosts",
     "etc/machine-id",

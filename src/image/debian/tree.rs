@@ -232,3 +232,84 @@ pub(super) fn uncompressed(
         .with_context(|| Fault::host(format!("cannot read {}", plain.display())))?;
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DEP: &str = "kernel/fs/isofs/isofs.ko:\n\
+        kernel/drivers/scsi/sr_mod.ko: kernel/drivers/cdrom/cdrom.ko kernel/drivers/scsi/scsi_mod.ko\n\
+        kernel/drivers/cdrom/cdrom.ko:\nkernel/drivers/scsi/scsi_mod.ko: kernel/lib/crc-t10dif.ko\n\
+        kernel/lib/crc-t10dif.ko:\n";
+    const STATUS: &str = "Package: bash\nStatus: install ok installed\nVersion: 5.2\n\n\
+        Package: gone\nStatus: deinstall ok config-files\nVersion: 1\n";
+
+    fn tar(leave_out: &str) -> tempfile::NamedTempFile {
+        let out = tempfile::NamedTempFile::new().expect("temp file");
+        let mut tar = tar::Builder::new(out.as_file());
+        for (path, text) in [
+            ("./boot/vmlinuz-6.1.0", "kernel"),
+            ("./usr/bin/busybox", "busybox"),
+            ("./usr/lib/modules/6.1.0/modules.dep", DEP),
+            ("./usr/lib/modules/6.1.0/modules.builtin", "kernel/drivers/virtio/virtio-pci.ko\n"),
+            ("./usr/lib/modules/6.1.0/kernel/fs/isofs/isofs.ko", "isofs"),
+            ("./var/lib/dpkg/status", STATUS),
+        ] {
+            if path != leave_out {
+                let mut header = header(tar::EntryType::Regular, 0o644, text.len() as u64);
+                tar.append_data(&mut header, path, text.as_bytes()).expect("appends");
+            }
+        }
+        tar.finish().expect("ends");
+        drop(tar);
+        out
+    }
+
+    #[test]
+    fn what_boots_is_found_and_what_lacks_is_named() {
+        let file = tar("");
+        let tree = Tree::read(file.path()).expect("is whole");
+        assert_eq!(
+            (tree.release.as_str(), &tree.kernel[..], &tree.busybox[..]),
+            ("6.1.0", &b"kernel"[..], &b"busybox"[..])
+        );
+        assert_eq!(tree.packages, BTreeMap::from([("bash".into(), "5.2".into())]));
+        for (path, words) in [("./boot/vmlinuz-6.1.0", "no kernel"), ("./usr/bin/busybox", "no busybox")] {
+            let text = format!("{:#}", Tree::read(tar(path).path()).expect_err("is not whole"));
+            assert!(text.contains(words), "{text}");
+        }
+    }
+
+    #[test]
+    fn modules_come_with_all_they_need() {
+        let file = tar("");
+        let tree = Tree::read(file.path()).expect("is whole");
+        let needs = tree.dependencies(["sr-mod", "virtio_pci"].into_iter()).expect("resolves");
+        let names: Vec<_> = needs.keys().map(|path| module_name(path)).collect();
+        assert_eq!(names, ["cdrom", "scsi_mod", "sr_mod"], "virtio_pci is built in");
+        let text = format!("{:#}", tree.dependencies(["nvme"].into_iter()).expect_err("has none"));
+        assert!(text.contains("no module `nvme`"), "{text}");
+        let isofs = ["kernel/fs/isofs/isofs.ko".to_owned()];
+        assert_eq!(tree.modules(file.path(), isofs.iter()).expect("is there")[&isofs[0]], b"isofs");
+        let cdrom = ["kernel/drivers/cdrom/cdrom.ko".to_owned()];
+        let text = format!("{:#}", tree.modules(file.path(), cdrom.iter()).expect_err("is not in the tar"));
+        assert!(text.contains("cdrom.ko"), "{text}");
+    }
+
+    #[test]
+    fn the_overlay_has_every_file_for_root() {
+        let out = tempfile::NamedTempFile::new().expect("temp file");
+        write_overlay(out.path(), &[]).expect("writes");
+        let mut found = BTreeMap::new();
+        let mut archive = tar::Archive::new(File::open(out.path()).expect("opens"));
+        for entry in archive.entries().expect("reads") {
+            let entry = entry.expect("reads");
+            assert_eq!(entry.header().uid().expect("has one"), 0);
+            let path = entry.path().expect("has one").to_string_lossy().into_owned();
+            found.insert(path, entry.header().mode().expect("has one"));
+        }
+        assert_eq!(found["usr/local/lib/shakedown/lan-address"], 0o755);
+        assert_eq!(found["etc/resolv.conf"], 0o777);
+        assert!(found.keys().all(|path| !path.ends_with('/')), "directories keep their modes");
+    }
+}
