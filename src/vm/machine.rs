@@ -7,7 +7,7 @@ use super::assemble::{self, HostParts, Plan};
 use super::diagnose;
 use super::needs::Needs;
 use super::qemu::{Qemu, Watch};
-use super::qmp::{Qmp, QmpError};
+use super::qmp::Qmp;
 use super::screen;
 use super::spec::{MachineSpec, Memory};
 use super::template::{Checkpoint, Frozen, Template};
@@ -33,6 +33,8 @@ const QEMU_START: Duration = Duration::from_secs(30);
 /// A clean power-off under emulation takes two to five seconds.
 const POWER_OFF: Duration = Duration::from_secs(60);
 
+/// From a broken connection to the end of QEMU that broke it.
+pub(crate) const LAST_MOMENTS: Duration = Duration::from_secs(1);
 /// From the state to the guest's first answer; it takes half a second.
 const THAW: Duration = Duration::from_secs(30);
 /// An agent that runs answers in milliseconds; one that is still starting needs a few seconds.
@@ -95,6 +97,8 @@ pub struct Vm {
     launch: Launch,
     deadline: Deadline,
     workspace: Workspace,
+    /// By [`Vm::power_off`].
+    powered_off: bool,
     /// What it continues from, which must stay while it runs.
     template: Option<Template>,
 }
@@ -307,6 +311,7 @@ impl Vm {
             launch,
             deadline: deadline.clone(),
             workspace,
+            powered_off: false,
             template,
         })
     }
@@ -497,8 +502,8 @@ impl Vm {
     /// A machine [`Fault`] when the guest does not power off in a minute; it is killed then.
     pub fn power_off(&mut self) -> Result<()> {
         let deadline = self.deadline.within(POWER_OFF, "a clean power-off");
-        let events = self.launch.evidence.events();
-        events.emit(Event::PowerOffRequested);
+        self.powered_off = true;
+        self.launch.evidence.events().emit(Event::PowerOffRequested);
         let status = match self.press_until_off(&deadline) {
             Ok(status) => status,
             Err(error) => {
@@ -643,20 +648,21 @@ impl Vm {
     /// A QEMU that was killed or crashed is the host's fault whatever the wait on it says; one that
     /// ended well was powered off by its guest.
     fn add_obituary(&mut self, error: anyhow::Error) -> anyhow::Error {
-        let closed = |e: &(dyn std::error::Error + 'static)| {
-            matches!(e.downcast_ref(), Some(QmpError::Closed))
-                || matches!(e.downcast_ref(), Some(WaitError::Closed))
-        };
-        if error.chain().any(closed) {
-            // Its sockets close a moment before the process is gone.
-            let _ = self.qemu.wait(&Deadline::after(Duration::from_secs(5), "the end of QEMU"));
-        }
-        match self.qemu.ended() {
-            Some(status) if status.success() => {
-                error.context(Fault::machine("the machine powered itself off"))
-            }
-            Some(_) => error.context(Fault::host(self.qemu.obituary())),
+        match self.death(LAST_MOMENTS) {
+            Some(Death::PoweredOff) => error.context(Fault::machine(Death::PoweredOff.to_string())),
+            Some(broke) => error.context(Fault::host(broke.to_string())),
             None => error,
+        }
+    }
+
+    /// How it died; `None` while it lives, and when it was asked to power off. Waits for `patience`,
+    /// since a connection breaks some moments before the end of QEMU can be seen.
+    pub(crate) fn death(&mut self, patience: Duration) -> Option<Death> {
+        let status = self.qemu.wait(&Deadline::after(patience, "QEMU's last moments")).ok()?;
+        match status.success() {
+            true if self.powered_off => None,
+            true => Some(Death::PoweredOff),
+            false => Some(Death::Broke(self.qemu.obituary())),
         }
     }
 
@@ -699,6 +705,24 @@ impl Vm {
 
     pub(super) fn note(&self, text: impl Into<String>) {
         self.launch.evidence.events().note(text);
+    }
+}
+
+/// An end that nobody asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Death {
+    /// The guest powered it off, or restarted it: machines do not come back.
+    PoweredOff,
+    /// QEMU crashed or was killed: how, and its last words.
+    Broke(String),
+}
+
+impl std::fmt::Display for Death {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::PoweredOff => "the machine powered itself off",
+            Self::Broke(obituary) => obituary,
+        })
     }
 }
 
