@@ -1,4 +1,56 @@
-//! Shakedown tests machines the way `cargo test` tests code.
+//! Shakedown tests machines the way `cargo test` tests code: boot an image, drive it, record what
+//! happened.
+//!
+//! A *scenario* is a function that is handed a running machine. In a test with `harness = false`:
+//!
+//! ```no_run
+//! use shakedown::prelude::*;
+//!
+//! #[scenario(disks = ["1G"], timeout = "5m")]
+//! fn a_file_system_survives_a_remount(vm: &mut Vm) -> Result<()> {
+//!     let mut ssh = vm.ssh()?;
+//!     ssh.run("mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt && echo kept > /mnt/file")?;
+//!     let read = ssh.run("umount /mnt && mount /dev/vda /mnt && cat /mnt/file")?;
+//!     ensure!(read.trimmed() == "kept", "the file has {:?}", read.text());
+//!     Ok(())
+//! }
+//!
+//! shakedown::main!();
+//! ```
+//!
+//! [`scenario`] lists what a scenario can say of itself and of its machine, [`vm::Vm`] what can be
+//! done with the machine, [`harness`] how scenarios are selected and what the exit status means.
+//! The README tells the rest to a user; what follows is for who works on the crate.
+//!
+//! # The house
+//!
+//! A floor uses those below it. From the top:
+//!
+//! | module | owns |
+//! | --- | --- |
+//! | `cli` (of the command, not of the library) | one thin file per subcommand of `shakedown` |
+//! | [`harness`] | registry, markers, deadlines and outcomes of scenarios, and how many machines run at once |
+//! | [`vm`] | QEMU: accelerator, command line, QMP, the life of a machine, templates and forks |
+//! | [`image`] | what is booted: recipes, prebuilt files, the content-addressed store |
+//! | [`console`] | the serial console: transcript, login, commands |
+//! | [`connection`] | commands and files over SSH, guest agent, console or on this host, by one trait |
+//! | [`record`] | what a run leaves behind: evidence, metadata, ledger, events; settings of the environment |
+//! | [`host`] | what this host has and lacks: tools, packages, firmware, memory, disk |
+//! | [`process`] | children that do not outlive us, and the signals that end everything |
+//! | [`deadline`] | one budget of time, handed down the call; every wait looks at it |
+//! | [`fault`] | whose fault an error is: the machine's (`failed`) or ours and the host's (`error`) |
+//!
+//! The way of a scenario: `harness` selects it and opens its evidence in `record`, has `image`
+//! find or build what it boots, waits for a slot, has `vm` find or make the template and fork it,
+//! runs the body over a `connection`, collects the evidence, writes the outcome and the ledger line.
+//!
+//! Nothing here is async: threads block, each wait ends with its [`deadline::Deadline`], with
+//! Ctrl-C, and with the machine that it waits for.
+//!
+//! # Features
+//!
+//! `cli`, on by default, is the `shakedown` command. A project that brings scenarios needs none:
+//! `default-features = false`.
 
 pub mod connection;
 pub mod console;

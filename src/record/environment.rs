@@ -48,7 +48,7 @@ const LOG_ROOT: Variable = Variable {
 };
 
 /// All variables there are. Any other name that starts with one of [`PREFIXES`] is an error.
-pub const VARIABLES: [Variable; 11] = [
+pub const VARIABLES: [Variable; 10] = [
     SPAWN_TIMEOUT,
     LOGIN_TIMEOUT,
     LEDGER_PATH,
@@ -78,11 +78,6 @@ pub const VARIABLES: [Variable; 11] = [
         name: "SHAKEDOWN_VMS",
         default: "the number of cores",
         meaning: "how many machines run at once on this host, over all processes",
-    },
-    Variable {
-        name: "SHAKEDOWN_SESSION_BUDGET",
-        default: "2700",
-        meaning: "seconds after which a run starts no further scenario but defers it",
     },
 ];
 
