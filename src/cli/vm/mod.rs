@@ -1,5 +1,6 @@
 //! `shakedown vm`: machines at hand, outside of scenarios.
 
+mod list;
 mod machine;
 mod run;
 
@@ -16,12 +17,16 @@ pub(super) struct Vm {
 #[derive(clap::Subcommand)]
 enum Action {
     Run(run::Run),
+    List(list::List),
+    Kill(list::Kill),
 }
 
 impl Vm {
     pub(super) fn run(self) -> Result<Verdict> {
         match self.action {
             Action::Run(run) => run.run(),
+            Action::List(list) => list.run(),
+            Action::Kill(kill) => kill.run(),
         }
     }
 
@@ -29,6 +34,7 @@ impl Vm {
     pub(super) fn error_status(&self) -> u8 {
         match self.action {
             Action::Run(_) => run::OWN_ERROR,
+            _ => 1,
         }
     }
 }
