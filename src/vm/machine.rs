@@ -23,7 +23,9 @@ use crate::record::event::Event;
 use crate::record::{Evidence, Scratch, metadata};
 use anyhow::{Context, Result};
 use qapi::qmp;
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
@@ -508,6 +510,29 @@ impl Vm {
             self.shell = Some(shell.map_err(|error| self.add_obituary(error))?);
         }
         Ok(())
+    }
+
+    /// Logs in on the serial console and tells it the size of a terminal, in rows and columns.
+    /// Does nothing where the image lets nobody in there.
+    ///
+    /// # Errors
+    /// A machine [`Fault`] when the login does not succeed.
+    pub fn fit_console(&mut self, rows: u16, columns: u16) -> Result<()> {
+        if self.launch.image.login.is_none() {
+            return Ok(());
+        }
+        let fit = format!("stty -F /dev/ttyS0 rows {rows} cols {columns}");
+        self.console()?.run(Cmd::new(fit).allow_failure()).map(drop)
+    }
+
+    /// Gives the serial console to a person, until they leave by Ctrl-] or the machine ends. Where
+    /// somebody is logged in, they get that login shell.
+    ///
+    /// # Errors
+    /// What [`Console::bridge`] gives.
+    pub fn interact(&mut self, keys: impl Read + AsFd, screen: impl Write + Send + 'static) -> Result<()> {
+        let begin = self.shell.take().map_or("", |_| Shell::LEAVE);
+        self.console.bridge(begin, keys, screen, &self.deadline)
     }
 
     /// Waits for a pattern in what the serial console prints, control sequences taken out, and

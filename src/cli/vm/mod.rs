@@ -3,6 +3,7 @@
 mod list;
 mod machine;
 mod run;
+mod shell;
 
 use super::Verdict;
 use anyhow::Result;
@@ -17,6 +18,7 @@ pub(super) struct Vm {
 #[derive(clap::Subcommand)]
 enum Action {
     Run(run::Run),
+    Shell(shell::Shell),
     List(list::List),
     Kill(list::Kill),
 }
@@ -25,6 +27,7 @@ impl Vm {
     pub(super) fn run(self) -> Result<Verdict> {
         match self.action {
             Action::Run(run) => run.run(),
+            Action::Shell(shell) => shell.run(),
             Action::List(list) => list.run(),
             Action::Kill(kill) => kill.run(),
         }
