@@ -5,15 +5,18 @@ use super::terminal;
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 use shakedown::deadline::Deadline;
+use shakedown::fault::Fault;
 use shakedown::harness::{self, Body, Scenario, Settings};
 use shakedown::host;
 use shakedown::image::Images;
 use shakedown::record::event::Events;
+use shakedown::record::metadata::Timings;
 use shakedown::record::{Environment, Outcome};
-use shakedown::vm::{Boot, Firmware, Medium, Needs, accel};
+use shakedown::vm::{Boot, Firmware, Medium, Needs, Vm, accel};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Measure what this host gives: medians, the number of runs, the accelerator and the load.
@@ -29,6 +32,17 @@ enum What {
     Boot {
         #[command(flatten)]
         options: Options<3>,
+    },
+    /// From the start of a fork to its first command, beside a cold boot in the same run
+    Fork {
+        #[command(flatten)]
+        options: Options<20>,
+    },
+    /// 40 scenarios of one command each, by `cargo test` and by `cargo nextest`, in a checkout of
+    /// Shakedown
+    Suite {
+        #[command(flatten)]
+        options: Options<1>,
     },
     /// Building the `debian` image from an empty cache, and finding it again
     Image {
@@ -63,6 +77,8 @@ impl Bench {
         let load = load_average();
         let (name, runs, json, samples) = match self.what {
             What::Boot { options } => ("boot", options.runs, options.json, boot(options.runs)?),
+            What::Fork { options } => ("fork", options.runs, options.json, fork(options.runs)?),
+            What::Suite { options } => ("suite", options.runs, options.json, suite(options.runs)?),
             What::Image { options } => ("image", options.runs, options.json, image(options.runs)?),
             What::List { only: true, .. } => {
                 harness::bench_list(1000, Path::new("/dev/null"))?;
@@ -76,6 +92,14 @@ impl Bench {
         result.insert("schema_version".into(), 1.into());
         for (figure, seconds) in &samples {
             result.insert((*figure).into(), round(median(seconds)).into());
+        }
+        if let [(_, cold), (_, fork), ..] = &samples[..]
+            && name == "fork"
+        {
+            result.insert("ratio".into(), round(median(cold) / median(fork)).into());
+        }
+        if name == "suite" {
+            result.insert("scenarios".into(), SUITE.into());
         }
         result.insert("runs".into(), runs.into());
         result.insert("samples".into(), samples.iter().map(|(f, s)| ((*f).to_owned(), rounded(s))).collect());
@@ -119,28 +143,126 @@ static BOOTS: [Scenario; 3] = [
 ];
 
 fn boot(runs: u32) -> Result<Samples> {
-    let logs = tempfile::tempdir().context("cannot make a directory for the evidence")?;
-    // Not among the project's runs: medians of scenarios shall not be those of benchmarks.
-    let environment = Environment {
-        log_root: logs.path().to_owned(),
-        ledger: None,
-        ..Environment::read(&std::env::current_dir()?)?
-    };
+    let stage = Stage::new()?;
     let mut samples: Samples = BOOTS.iter().map(|scenario| (scenario.name, Vec::new())).collect();
     // In turn, so that a disturbance does not hit one figure alone.
     for _ in 0..runs {
         for (scenario, (name, seconds)) in BOOTS.iter().zip(&mut samples) {
-            let run = harness::perform(environment.clone(), Settings::default(), scenario, Events::silent());
-            let measured = run.timings.boot_to_ssh_seconds.filter(|_| run.outcome == Outcome::Passed);
-            let Some(measured) = measured else {
-                let kept = logs.keep();
-                bail!("{name}: {} ({})\nEvidence is below {}", run.message, run.outcome, kept.display());
-            };
+            let timings = stage.perform(scenario)?;
+            let measured = timings.boot_to_ssh_seconds.context("no SSH, and yet it passed")?;
             terminal::say(&format!("{name}: {measured}"));
             seconds.push(measured);
         }
     }
     Ok(samples)
+}
+
+/// Where benchmarks run: not among the project's runs, since medians of scenarios shall not be those
+/// of benchmarks.
+struct Stage {
+    logs: tempfile::TempDir,
+    environment: Environment,
+}
+
+impl Stage {
+    fn new() -> Result<Self> {
+        let logs = tempfile::tempdir().context("cannot make a directory for the evidence")?;
+        let environment = Environment {
+            log_root: logs.path().to_owned(),
+            ledger: None,
+            ..Environment::read(&std::env::current_dir()?)?
+        };
+        Ok(Self { logs, environment })
+    }
+
+    /// Runs a scenario that has to pass; its evidence is kept when it does not.
+    fn perform(&self, scenario: &'static Scenario) -> Result<Timings> {
+        let run = harness::perform(self.environment.clone(), Settings::default(), scenario, Events::silent());
+        if run.outcome == Outcome::Passed {
+            return Ok(run.timings);
+        }
+        let kept = std::env::temp_dir().join(format!("shakedown-bench-{}", std::process::id()));
+        let _ = std::fs::rename(self.logs.path(), &kept);
+        bail!("{}: {}: {}\nEvidence is below {}", scenario.name, run.outcome, run.message, kept.display())
+    }
+}
+
+static FORKS: Scenario = Scenario {
+    name: "forks",
+    markers: &["vm"],
+    machine: Some(Needs::DEFAULT),
+    timeout: Some(Duration::from_secs(1800)),
+    ignore: None,
+    file: file!(),
+    line: line!(),
+    body: Body::Vm(measure_forks),
+};
+
+/// How many forks, and what was measured: a scenario's body takes no arguments and gives no result.
+static FORKED: Mutex<(u32, Vec<[f64; 3]>)> = Mutex::new((0, Vec::new()));
+
+fn measure_forks(vm: &mut Vm) -> Result<()> {
+    let origin = vm.origin().context("this machine was not forked")?;
+    let mut forked = FORKED.lock().unwrap_or_else(PoisonError::into_inner);
+    for _ in 0..forked.0 {
+        let begun = Instant::now();
+        let mut fork = origin.fork()?;
+        fork.shell()?.run("true")?;
+        let command = begun.elapsed();
+        let private = fork.private_memory()?;
+        let asked = Instant::now();
+        fork.ssh()?.run("true")?;
+        let ssh = command + asked.elapsed();
+        forked.1.push([command.as_secs_f64(), ssh.as_secs_f64(), private as f64 / f64::from(1 << 20)]);
+    }
+    Ok(())
+}
+
+fn fork(runs: u32) -> Result<Samples> {
+    let stage = Stage::new()?;
+    FORKED.lock().unwrap_or_else(PoisonError::into_inner).0 = runs;
+    let mut cold = Vec::new();
+    // A cold boot takes as long as dozens of forks: fewer will do.
+    for _ in 0..runs.div_ceil(4) {
+        cold.push(stage.perform(&BOOTS[2])?.boot_to_ssh_seconds.context("no SSH, and yet it passed")?);
+        terminal::say(&format!("cold: {:.2}", cold.last().copied().unwrap_or_default()));
+    }
+    stage.perform(&FORKS)?;
+    let forked = &FORKED.lock().unwrap_or_else(PoisonError::into_inner).1;
+    let column = |index: usize| forked.iter().map(|sample| sample[index]).collect();
+    Ok(vec![
+        ("cold_first_ssh_seconds", cold),
+        ("fork_first_command_seconds", column(0)),
+        ("fork_first_ssh_seconds", column(1)),
+        ("private_mib", column(2)),
+    ])
+}
+
+/// The number of scenarios in `benches/suite.rs`.
+const SUITE: u32 = 40;
+
+fn suite(runs: u32) -> Result<Samples> {
+    if !Path::new("benches/suite.rs").is_file() {
+        bail!(Fault::host("there is no benches/suite.rs here").fix("run this in a checkout of Shakedown"));
+    }
+    let cargo = |args: &[&str]| -> Result<f64> {
+        let begun = Instant::now();
+        let status =
+            Command::new("cargo").args(args).stdout(Stdio::null()).status().context("cannot start cargo")?;
+        if !status.success() {
+            bail!("`cargo {}` failed: {status}", args.join(" "));
+        }
+        Ok(begun.elapsed().as_secs_f64())
+    };
+    // Compiled, and with the template at hand: what is measured is the running.
+    cargo(&["test", "--quiet", "--example", "suite", "--", "--exact", "scenario_00"])?;
+    cargo(&["nextest", "run", "--no-run", "--example", "suite"])?;
+    let (mut plain, mut nextest) = (Vec::new(), Vec::new());
+    for _ in 0..runs {
+        plain.push(cargo(&["test", "--quiet", "--example", "suite"])?);
+        nextest.push(cargo(&["nextest", "run", "--example", "suite"])?);
+    }
+    Ok(vec![("seconds", plain), ("nextest_seconds", nextest)])
 }
 
 fn image(runs: u32) -> Result<Samples> {

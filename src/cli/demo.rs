@@ -11,6 +11,7 @@ use shakedown::harness::{self, Body, Scenario, Settings};
 use shakedown::record::event::Events;
 use shakedown::record::{Environment, Outcome};
 use shakedown::vm::{Boot, Bus, DiskNeed, Medium, Needs, Vm};
+use std::collections::BTreeMap;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -65,7 +66,7 @@ impl Demo {
         let begun = Instant::now();
         let here = std::env::current_dir().context("cannot tell the current directory")?;
         let environment = Environment::read(&here)?;
-        let mut diagnosis = Diagnosis::make()?;
+        let mut diagnosis = Diagnosis::make(BTreeMap::new())?;
         if !diagnosis.ok {
             diagnosis = diagnosis.treat(self.yes)?;
         }

@@ -7,12 +7,14 @@ use anyhow::{Context, Result};
 use serde::Serialize;
 use shakedown::deadline::{Deadline, Stop};
 use shakedown::fault::Fault;
+use shakedown::harness::Settings;
 use shakedown::host::apt::Plan;
 use shakedown::host::setting::Invalid;
 use shakedown::host::tools::{Part, install_fix};
 use shakedown::host::{self, Report, State};
 use shakedown::process;
 use shakedown::vm::accel::{self, Accel, Kind};
+use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -20,7 +22,8 @@ use std::time::Duration;
 
 /// Check this host: tools, firmware, packages, memory, disk and the accelerator.
 ///
-/// Exits with 0 only when an image can be built, booted and tested here.
+/// In a project also what its Cargo.toml asks for. Exits with 0 only when an image can be built,
+/// booted and tested here.
 #[derive(clap::Args)]
 pub(super) struct Doctor {
     /// Install what is missing (Debian and Ubuntu; by sudo when not root)
@@ -44,11 +47,23 @@ pub(super) struct Diagnosis {
     report: Report,
     /// `null` when there is no usable QEMU to ask.
     pub(super) accelerator: Option<Accel>,
+    /// What the project adds, to look again after an installation.
+    #[serde(skip)]
+    project: BTreeMap<String, String>,
+}
+
+/// What the project in the current directory needs besides, if there is one.
+fn project_tools() -> Result<BTreeMap<String, String>> {
+    match std::fs::read_to_string("Cargo.toml") {
+        Ok(manifest) => Ok(Settings::parse(&manifest)?.tools),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+        Err(error) => Err(error).context(Fault::host("cannot read Cargo.toml")),
+    }
 }
 
 impl Doctor {
     pub(super) fn run(self) -> Result<Verdict> {
-        let mut diagnosis = Diagnosis::make()?;
+        let mut diagnosis = Diagnosis::make(project_tools()?)?;
         if self.install {
             diagnosis = diagnosis.treat(self.yes)?;
         }
@@ -62,13 +77,13 @@ impl Doctor {
 }
 
 impl Diagnosis {
-    pub(super) fn make() -> Result<Self> {
+    pub(super) fn make(project: BTreeMap<String, String>) -> Result<Self> {
         let logs = std::env::var_os("BOOT_IMAGE_VM_LOG_ROOT").filter(|value| !value.is_empty());
         let logs = logs.map_or_else(|| PathBuf::from("notes"), PathBuf::from);
         // A prebuilt image needs no tools to build one.
         let prebuilt = std::env::var_os("SHAKEDOWN_IMAGE").is_some_and(|value| !value.is_empty());
         let parts: &[_] = if prebuilt { &[Part::Machines] } else { &[Part::Machines, Part::Image] };
-        let report = Report::collect(parts, &host::cache_dir()?, &logs);
+        let report = Report::collect(parts, &project, &host::cache_dir()?, &logs);
         let deadline = Deadline::after(Duration::from_secs(60), "doctor");
         let accelerator = match accel::detect_afresh(&deadline) {
             Ok(accelerator) => Some(accelerator),
@@ -86,6 +101,7 @@ impl Diagnosis {
             ok: report.ok(),
             report,
             accelerator,
+            project,
         })
     }
 
@@ -107,7 +123,7 @@ impl Diagnosis {
         let deadline = Deadline::after(Duration::from_secs(3600), "installation of packages");
         plan.run(&log, &deadline, terminal::say)?;
         terminal::say(&format!("All output: {}", log.display()));
-        Self::make()
+        Self::make(self.project)
     }
 
     pub(super) fn text(&self, paint: Paint) -> String {

@@ -39,6 +39,8 @@ pub struct Agent {
     lines: JsonLines,
     /// An answer may still come to a request that was given up.
     unsettled: bool,
+    /// Runs in front of the next command.
+    prelude: Option<String>,
 }
 
 impl Agent {
@@ -49,9 +51,20 @@ impl Agent {
     /// when the machine ends.
     pub fn open(stream: UnixStream, deadline: &Deadline) -> Result<Self, ConnectionError> {
         let lines = JsonLines::new(stream).map_err(|error| broken("cannot use the agent's port", error))?;
-        let mut agent = Self { lines, unsettled: true };
+        let mut agent = Self { lines, unsettled: true, prelude: None };
         agent.settle(deadline).map_err(|error| fault("guest-sync", error))?;
         Ok(agent)
+    }
+
+    /// Has `script` run in front of the next command, in the same shell: starting one costs an
+    /// emulated guest a tenth of a second.
+    pub fn prelude(&mut self, script: impl Into<String>) {
+        self.prelude = Some(script.into());
+    }
+
+    /// True until the next command when there is something to run in front of it.
+    pub fn has_prelude(&self) -> bool {
+        self.prelude.is_some()
     }
 
     /// Gets back in step: the answer to our number follows a mark, and all before that is stale.
@@ -166,7 +179,11 @@ impl Connection for Agent {
             Failure::Lines(error) => fault("guest-exec", error),
             Failure::Refused(why) => broken("the agent refused to run a command", io::Error::other(why)),
         };
-        let pid = self.start(&line, input, &deadline).map_err(|error| failure(error, &line))?;
+        let with_prelude = match self.prelude.take() {
+            Some(prelude) => format!("{prelude}\n{line}"),
+            None => line.clone(),
+        };
+        let pid = self.start(&with_prelude, input, &deadline).map_err(|error| failure(error, &line))?;
         let status = match self.wait(pid, &deadline) {
             Ok(status) => status,
             Err(error) => {

@@ -190,18 +190,19 @@ fn run(
     let not_selected = all - scenarios.len();
     let reasons: Vec<_> =
         scenarios.iter().map(|scenario| ignored(scenario, &settings, selection.as_ref())).collect();
-    let scenarios = scenarios.into_iter().zip(reasons);
+    let scenarios: Vec<_> = scenarios.into_iter().zip(reasons).collect();
     if arguments.list {
-        let trials = scenarios.map(|(scenario, reason)| {
+        let trials = scenarios.into_iter().map(|(scenario, reason)| {
             Trial::test(scenario.name, || Ok(())).with_ignored_flag(reason.is_some())
         });
         return Ok(libtest_mimic::run(&arguments, trials.collect()).exit_code());
     }
     process::handle_signals()?;
     let run = Arc::new(Run::new(environment, settings, Events::to(progress::Lines::default())));
+    run.check(scenarios.iter().filter_map(|(scenario, _)| scenario.machine.as_ref()))?;
     let tally = Arc::new(Tally::default());
     let trials =
-        scenarios.map(|(scenario, reason)| trial(&run, &tally, &arguments, scenario, reason)).collect();
+        scenarios.into_iter().map(|(scenario, reason)| trial(&run, &tally, &arguments, scenario, reason)).collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     if let Some(line) = tally.summary(&run, not_selected, selection.as_ref()) {
         eprintln!("{line}");

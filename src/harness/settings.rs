@@ -10,18 +10,22 @@
 //!
 //! [package.metadata.shakedown.images.debian]
 //! recipe = "debian"                  # read by the image module
+//!
+//! [package.metadata.shakedown.tools]
+//! iperf3 = "iperf3"                  # a program or /a/file that the tests need here, and its package
 //! ```
 //!
 //! Owns which keys there are. What an image's table means is the image module's business.
 
 use super::marker::Known;
 use crate::fault::Fault;
+use crate::host::apt::is_package_name;
 use crate::nearest;
 use anyhow::{Context, Result, bail};
 use std::collections::BTreeMap;
 use toml::{Table, Value};
 
-const KEYS: [&str; 4] = ["image", "ignore", "markers", "images"];
+const KEYS: [&str; 5] = ["image", "ignore", "markers", "images", "tools"];
 
 /// The settings of a project, checked.
 #[derive(Clone, Debug, Default)]
@@ -32,6 +36,9 @@ pub struct Settings {
     pub ignore: Vec<String>,
     /// The project's images by name, each as its table says it.
     pub images: BTreeMap<String, Table>,
+    /// What the tests need of the host, by name or absolute path, each with its Debian package.
+    /// `shakedown doctor` looks for it.
+    pub tools: BTreeMap<String, String>,
     pub(crate) markers: Known,
 }
 
@@ -70,7 +77,16 @@ impl Settings {
             Some(Value::String(name)) => Some(name.clone()),
             Some(_) => bail!("`image` must be an image's name in quotes"),
         };
-        Ok(Self { image, ignore, images, markers })
+        let tools = strings(table(section, "tools")?, "tools")?;
+        for (name, package) in &tools {
+            if name.is_empty() || (name.contains('/') && !name.starts_with('/')) {
+                bail!("`tools` has {name:?}, which is neither a program's name nor an absolute path");
+            }
+            if !is_package_name(package) {
+                bail!("`tools.{name}` has {package:?}, which is no package's name");
+            }
+        }
+        Ok(Self { image, ignore, images, tools: tools.into_iter().collect(), markers })
     }
 }
 
@@ -89,7 +105,7 @@ fn list(value: &Value) -> Option<Vec<String>> {
 fn strings(table: Option<&Table>, of: &str) -> Result<Vec<(String, String)>> {
     let entry = |(key, value): (&String, &Value)| match value {
         Value::String(text) => Ok((key.clone(), text.clone())),
-        _ => bail!("`{of}.{key}` must be a text that says what it means"),
+        _ => bail!("`{of}.{key}` must be text in quotes"),
     };
     table.into_iter().flatten().map(entry).collect()
 }
@@ -113,13 +129,14 @@ mod tests {
     #[test]
     fn a_whole_section_is_read() {
         let settings = parse(
-            "image = 'mine'\nignore = ['nightly', 'lab']\nmarkers = { lab = 'our lab' }\nimages.mine.recipe = 'debian'",
+            "image = 'mine'\nignore = ['nightly', 'lab']\nmarkers = { lab = 'our lab' }\nimages.mine.recipe = 'debian'\ntools.sshd = 'openssh-server'",
         )
         .expect("reads");
         assert_eq!(settings.image.as_deref(), Some("mine"));
         assert_eq!(settings.ignore, ["nightly", "lab"]);
         assert!(settings.markers.has("lab") && settings.markers.has("vm"));
         assert_eq!(settings.images["mine"]["recipe"].as_str(), Some("debian"));
+        assert_eq!(settings.tools["sshd"], "openssh-server");
     }
 
     #[test]
@@ -134,7 +151,10 @@ mod tests {
             ("ignore = 'slow'", "list of markers"),
             ("ignore = ['slo']", "unknown marker `slo`; did you mean `slow`?"),
             ("markers = ['lab']", "`markers` must be a table"),
-            ("markers.lab = 1", "`markers.lab` must be a text"),
+            ("markers.lab = 1", "`markers.lab` must be text"),
+            ("tools = ['sshd']", "`tools` must be a table"),
+            ("tools.'bin/x' = 'x'", "neither a program's name nor an absolute path"),
+            ("tools.x = '--reinstall'", "`tools.x` has \"--reinstall\", which is no package's name"),
             ("markers.unix = 'x'", "`unix` cannot be a marker"),
             ("images.mine = 'x.qcow2'", "`images.mine` must be a table"),
             ("image = 1", "`image` must be"),

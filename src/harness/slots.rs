@@ -42,6 +42,23 @@ pub struct Slot {
     _ticket: File,
 }
 
+/// As `SHAKEDOWN_VMS` says, else as many as there are cores.
+///
+/// # Errors
+/// When the variable is no number above zero.
+pub fn machines_at_once() -> Result<usize> {
+    match std::env::var(LIMIT_VARIABLE) {
+        Ok(text) if !text.is_empty() => {
+            let number = text.parse().ok().filter(|number| *number > 0);
+            Ok(number.ok_or_else(|| {
+                Fault::host(format!("{LIMIT_VARIABLE}={text} is not a number of machines"))
+                    .fix(format!("set {LIMIT_VARIABLE} to a whole number above zero, or unset it"))
+            })?)
+        }
+        _ => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
+    }
+}
+
 /// What a ticket says about its owner.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 struct Ticket {
@@ -57,14 +74,7 @@ impl Slots {
     /// # Errors
     /// When the variable is no number above zero.
     pub fn in_directory(directory: impl Into<PathBuf>) -> Result<Self> {
-        let machines = match std::env::var(LIMIT_VARIABLE) {
-            Ok(text) => text.parse().ok().filter(|n| *n > 0).ok_or_else(|| {
-                Fault::host(format!("{LIMIT_VARIABLE}={text} is not a number of machines"))
-                    .fix(format!("set {LIMIT_VARIABLE} to a whole number above zero, or unset it"))
-            })?,
-            Err(_) => std::thread::available_parallelism().map_or(1, usize::from),
-        };
-        Ok(Self { directory: directory.into(), machines, memory_mib: None })
+        Ok(Self { directory: directory.into(), machines: machines_at_once()?, memory_mib: None })
     }
 
     /// A queue with limits of its own.

@@ -4,7 +4,7 @@
 
 use super::scenario::Scenario;
 use super::settings::Settings;
-use super::slots::{Slot, Slots};
+use super::slots::{self, Slot, Slots};
 use super::verdict::Verdict;
 use crate::connection::KeyPair;
 use crate::deadline::Deadline;
@@ -15,7 +15,7 @@ use crate::record::event::Events;
 use crate::record::{self, BootKind, Environment, Evidence, Outcome, scratch};
 use crate::vm::assemble::HostParts;
 use crate::vm::qemu::Watch;
-use crate::vm::{Boot, Bus, Launch, Needs, Template, Vm, accel, template};
+use crate::vm::{Boot, Bus, Death, LAST_MOMENTS, Launch, Needs, Template, Vm, accel, template};
 use anyhow::{Context, Result};
 use once_cell::sync::OnceCell;
 use std::path::{Path, PathBuf};
@@ -24,6 +24,8 @@ use std::time::Duration;
 
 /// Building an image from nothing takes one to two minutes; a slow network some more.
 const PREPARATION: Duration = Duration::from_secs(1800);
+/// A scenario may use more memory than those before it did.
+const FORK_MARGIN_MIB: u32 = 64;
 /// How long a machine may wait for others to end. Each of them has a deadline of its own, so this
 /// is reached only where something outside of us keeps slots.
 const SLOT_WAIT: Duration = Duration::from_secs(3600);
@@ -36,6 +38,8 @@ pub(super) struct Run {
     record: OnceCell<record::Run>,
     /// Made when the first machine needs it.
     images: OnceCell<Images>,
+    /// Files of machines whose process died are gone.
+    swept: OnceCell<()>,
     /// Shows progress to whoever started the run.
     watcher: Events,
 }
@@ -56,13 +60,14 @@ struct Prepared {
     key: KeyPair,
     template: Option<Template>,
     machines: PathBuf,
-    #[expect(dead_code, reason = "held while the machine runs")]
-    slot: Slot,
+    /// Held while the machine runs.
+    slot: Option<Slot>,
 }
 
 impl Run {
     pub(super) fn new(environment: Environment, settings: Settings, watcher: Events) -> Self {
-        Self { environment, settings, record: OnceCell::new(), images: OnceCell::new(), watcher }
+        let (record, images, swept) = (OnceCell::new(), OnceCell::new(), OnceCell::new());
+        Self { environment, settings, record, images, swept, watcher }
     }
 
     fn record(&self) -> Result<&record::Run> {
@@ -97,10 +102,24 @@ impl Run {
         })
     }
 
+    /// Refuses settings with which none of these machines could be had: before anything runs, as an
+    /// image may take minutes.
+    ///
+    /// # Errors
+    /// Names the setting or the image.
+    pub(super) fn check<'a>(&self, machines: impl IntoIterator<Item = &'a Needs>) -> Result<()> {
+        for needs in machines {
+            accel::chosen()?;
+            slots::machines_at_once()?;
+            self.images()?.check(needs.image)?;
+        }
+        Ok(())
+    }
+
     fn images(&self) -> Result<&Images> {
         self.images.get_or_try_init(|| {
-            scratch::sweep_under(&machines()?)?;
-            Images::new(host::cache_dir()?, &self.environment, &self.settings.image, &self.settings.images)
+            let Settings { image, images, .. } = &self.settings;
+            Images::new(host::cache_location()?, &self.environment, image, images)
         })
     }
 }
@@ -114,6 +133,7 @@ impl Stage {
     /// Gets what a machine needs before its own time begins to count: the image, built where it is
     /// not in the store yet, a slot among the machines of this host, and the template to fork from.
     pub(super) fn prepare(&self, needs: &Needs) -> Result<()> {
+        self.run.swept.get_or_try_init(|| scratch::sweep_under(&machines()?).map(drop))?;
         let wait = Deadline::after(PREPARATION, "building the image");
         let accelerator = accel::detect(&wait)?;
         let host = HostParts {
@@ -131,10 +151,18 @@ impl Stage {
             metadata.image = Some(image.metadata());
             metadata.artifact = Some(image.artifact(&key));
         })?;
+        let mut prepared = Prepared { host, image, key, template: None, machines: machines()?, slot: None };
+        let mut memory = needs.memory_mib;
+        if forks {
+            let launch = self.launch(&prepared, needs);
+            if let Some(private) = Template::expected_private_mib(&host::cache_dir()?, &launch)? {
+                // What it does not share; the rest is its template's, once for all.
+                memory = memory.min(private + private / 4 + FORK_MARGIN_MIB);
+            }
+        }
         let slots = Slots::in_directory(host::cache_dir()?.join("slots"))?;
         let wait = Deadline::after(SLOT_WAIT, "waiting for other machines to end");
-        let slot = slots.acquire(needs.memory_mib, &wait, &self.events)?;
-        let mut prepared = Prepared { host, image, key, template: None, machines: machines()?, slot };
+        prepared.slot = Some(slots.acquire(memory, &wait, &self.events)?);
         if forks {
             prepared.template = Some(self.template(&prepared, needs)?);
         }
@@ -205,8 +233,14 @@ impl Stage {
     /// waits end.
     pub(super) fn kill_machine(&self) {
         if let Some(watch) = &*lock(&self.watch) {
+            self.events.note("the machine is killed: its scenario did not let go of it in time");
             watch.kill();
         }
+    }
+
+    /// How the machine died under its scenario, if it did.
+    pub(super) fn death(&self, vm: &mut Vm, verdict: &Verdict) -> Option<Death> {
+        vm.death(if verdict.outcome == Outcome::Passed { Duration::ZERO } else { LAST_MOMENTS })
     }
 
     /// Collects diagnostics and destroys the machine.

@@ -93,7 +93,10 @@ fn perform(stage: &Stage, scenario: &Scenario, deadline: &Deadline, verdicts: &m
                 Ok(Ok(vm)) => vm,
                 failed => return send(&Verdict::of(Phase::Setup, failed.map(|result| result.map(drop)))),
             };
-            let verdict = Verdict::of(Phase::Body, panics::catch(|| body(&mut vm)));
+            let mut verdict = Verdict::of(Phase::Body, panics::catch(|| body(&mut vm)));
+            if let Some(death) = stage.death(&mut vm, &verdict) {
+                verdict = verdict.after(&death);
+            }
             send(&verdict);
             stage.settle(vm, &verdict);
         }
@@ -114,16 +117,23 @@ fn watch(inbox: &Receiver<Verdict>, deadline: &Deadline, kill_machine: &dyn Fn()
             break stop;
         }
     };
-    for step_in in [kill_machine, &|| ()] {
-        match inbox.recv_timeout(GRACE) {
-            Ok(verdict) => return settled(inbox, verdict, kill_machine),
-            Err(RecvTimeoutError::Disconnected) => return lost(),
-            Err(RecvTimeoutError::Timeout) => step_in(),
-        }
+    match inbox.recv_timeout(GRACE) {
+        Ok(verdict) => return settled(inbox, verdict, kill_machine),
+        Err(RecvTimeoutError::Disconnected) => return lost(),
+        Err(RecvTimeoutError::Timeout) => kill_machine(),
     }
+    let end = match inbox.recv_timeout(GRACE) {
+        // What it says now is about the machine that was taken from it.
+        Ok(last) => {
+            settled(inbox, last.clone(), kill_machine);
+            format!("ended when its machine was killed: {}", last.message)
+        }
+        Err(RecvTimeoutError::Disconnected) => return lost(),
+        Err(RecvTimeoutError::Timeout) => "was left behind".to_owned(),
+    };
     let result: Result<()> = Err(stop.into());
     let mut verdict = Verdict::of(Phase::Body, Ok(result));
-    verdict.message += "; the body did not notice and was left behind";
+    verdict.message += &format!("; the body did not notice and {end}");
     verdict
 }
 
@@ -169,16 +179,18 @@ mod tests {
     }
 
     #[test]
-    fn a_body_that_ends_when_its_machine_is_killed_has_the_last_word() {
+    fn a_body_that_ends_when_its_machine_is_killed_has_failed_all_the_same() {
         let (verdicts, inbox) = mpsc::channel();
         let verdicts = std::sync::Mutex::new(Some(verdicts));
         let over = Deadline::after(Duration::ZERO, "scenario timeout");
         let verdict = watch(&inbox, &over, &|| {
             let sender = verdicts.lock().expect("not poisoned").take();
             if let Some(sender) = sender {
-                sender.send(Verdict::new(Outcome::Failed, "QEMU ended")).expect("open");
+                sender.send(Verdict::new(Outcome::Error, "QEMU ended")).expect("open");
             }
         });
-        assert_eq!(verdict.message, "QEMU ended");
+        assert_eq!(verdict.outcome, Outcome::Failed);
+        assert!(verdict.message.contains("(scenario timeout)"), "{}", verdict.message);
+        assert!(verdict.message.ends_with("killed: QEMU ended"), "{}", verdict.message);
     }
 }

@@ -4,6 +4,7 @@ use crate::deadline::{Deadline, Stop};
 use crate::fault::{Blame, blame};
 use crate::process;
 use crate::record::Outcome;
+use crate::vm::Death;
 use anyhow::{Error, Result};
 
 /// An outcome and why. A passed scenario has no message.
@@ -48,6 +49,22 @@ impl Verdict {
             Err(message) if process::interrupted() => Self::new(Outcome::Interrupted, message),
             Err(message) => Self::new(unblamed, message),
         }
+    }
+
+    /// The same, given how the machine died meanwhile. A scenario may be about a guest that powers
+    /// itself off; with a QEMU that broke nothing has passed, and nothing that failed says why.
+    pub(crate) fn after(mut self, death: &Death) -> Self {
+        let outcome = match (self.outcome, death) {
+            (Outcome::Interrupted, _) | (Outcome::Passed, Death::PoweredOff) => return self,
+            (_, Death::PoweredOff) => Outcome::Failed,
+            (_, Death::Broke(_)) => Outcome::Error,
+        };
+        let cause = death.to_string();
+        if !self.message.contains(&cause) {
+            let separator = if self.message.is_empty() { "" } else { "\nseen as: " };
+            self.message = format!("{cause}{separator}{}", self.message);
+        }
+        Self { outcome, ..self }
     }
 
     /// The same, when it could not be put on record: without a record nothing has passed.
@@ -118,6 +135,19 @@ mod tests {
         assert_eq!(outcome(Body, Error::new(Stop::Interrupted).context("booting")), Outcome::Interrupted);
         assert_eq!(Verdict::of(Body, Err("boom".into())).outcome, Outcome::Failed);
         assert_eq!(Verdict::of(Setup, Err("boom".into())).outcome, Outcome::Error);
+    }
+
+    #[test]
+    fn a_death_of_the_machine_decides() {
+        let broke = Death::Broke("QEMU ended with signal 9".into());
+        let verdict = Verdict::new(Outcome::Failed, "no answer").after(&broke);
+        assert_eq!(verdict, Verdict::new(Outcome::Error, "QEMU ended with signal 9\nseen as: no answer"));
+        assert_eq!(verdict.clone().after(&broke), verdict, "said once");
+        assert_eq!(Verdict::new(Outcome::Passed, "").after(&broke).outcome, Outcome::Error);
+        assert_eq!(Verdict::new(Outcome::Interrupted, "").after(&broke).outcome, Outcome::Interrupted);
+        assert_eq!(Verdict::new(Outcome::Passed, "").after(&Death::PoweredOff).outcome, Outcome::Passed);
+        let broken = Verdict::new(Outcome::Error, "the connection broke").after(&Death::PoweredOff);
+        assert_eq!(broken.outcome, Outcome::Failed);
     }
 
     #[test]

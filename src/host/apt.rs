@@ -57,7 +57,7 @@ pub struct Plan {
     /// Fetch the lists first.
     pub update: bool,
     /// What to install or upgrade.
-    pub packages: Vec<&'static str>,
+    pub packages: Vec<String>,
 }
 
 impl Plan {
@@ -65,7 +65,7 @@ impl Plan {
     ///
     /// # Errors
     /// On a host that is not of Debian's family, a fault that names the packages.
-    pub fn new(packages: Vec<&'static str>) -> Result<Option<Self>> {
+    pub fn new(packages: Vec<String>) -> Result<Option<Self>> {
         let apt = Search::from_env().find("apt-get").is_some();
         if !os().debian || !apt {
             if packages.is_empty() {
@@ -123,6 +123,15 @@ impl Plan {
     }
 }
 
+/// Whether this can be a package's name, and nothing that apt takes for an option, a version or a
+/// removal (Debian Policy 5.6.1).
+pub fn is_package_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.".contains(c);
+    name.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
+        && name.chars().all(plain)
+        && !name.ends_with('-')
+}
+
 fn apt_get(prefix: &[&str], args: &[&str]) -> Command {
     // `env` and not `Command::env`, so that the variable passes sudo and is in the line shown.
     let mut words = prefix.iter().chain(&["env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]);
@@ -137,7 +146,7 @@ fn lists_are_old() -> bool {
     modified.is_ok_and(|time| SystemTime::now().duration_since(time).is_ok_and(|age| age > LISTS_AGE))
 }
 
-fn all_known(packages: &[&str]) -> bool {
+fn all_known(packages: &[String]) -> bool {
     let mut command = Command::new("apt-cache");
     command.arg("policy").args(packages).env("LC_ALL", "C");
     let text = process::output(command, &Deadline::after(Duration::from_secs(60), "apt check"));
@@ -159,13 +168,13 @@ mod tests {
 
     #[test]
     fn the_line_shown_is_the_line_run() {
-        let plan = Plan { update: true, packages: vec!["ovmf", "xorriso"] };
+        let plan = Plan { update: true, packages: vec!["ovmf".into(), "xorriso".into()] };
         let apt = "env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0";
         assert_eq!(
             plan.line(true),
             format!("{apt} update && {apt} install -y --no-install-recommends ovmf xorriso")
         );
-        let plan = Plan { update: false, packages: vec!["ovmf"] };
+        let plan = Plan { update: false, packages: vec!["ovmf".into()] };
         assert_eq!(plan.line(false), format!("sudo {apt} install -y --no-install-recommends ovmf"));
         assert_eq!(Plan { update: true, packages: Vec::new() }.line(true), format!("{apt} update"));
     }

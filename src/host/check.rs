@@ -8,6 +8,7 @@ use crate::deadline::Deadline;
 use crate::fault::Fault;
 use crate::process;
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -47,7 +48,7 @@ pub struct Check {
     /// Which part of the job needs it.
     pub part: Part,
     /// Packages that bring it, as Debian names them.
-    pub packages: Vec<&'static str>,
+    pub packages: Vec<String>,
     /// Its version, where it tells one.
     pub version: Option<String>,
     /// The lowest version that will do.
@@ -75,8 +76,8 @@ impl Check {
         }
     }
 
-    pub(super) fn package(mut self, package: &'static str) -> Self {
-        self.packages = vec![package];
+    pub(super) fn package(mut self, package: impl Into<String>) -> Self {
+        self.packages = vec![package.into()];
         self
     }
 
@@ -123,9 +124,11 @@ pub struct Report {
 }
 
 impl Report {
-    /// Looks at everything that the `parts` of the job need. `cache` and `logs` need not exist yet.
-    pub fn collect(parts: &[Part], cache: &Path, logs: &Path) -> Self {
+    /// Looks at everything that the `parts` of the job need, and at the tools that a `project` adds,
+    /// with their packages. `cache` and `logs` need not exist yet.
+    pub fn collect(parts: &[Part], project: &BTreeMap<String, String>, cache: &Path, logs: &Path) -> Self {
         let mut checks = tools::check_all();
+        checks.extend(tools::check_project(project));
         checks.push(firmware::check());
         checks.push(apt::check());
         if !is_root() {
@@ -134,7 +137,7 @@ impl Report {
         checks.push(check_memory());
         checks.push(check_disk("cache disk", "holds images and templates", cache, CACHE_DISK_MIB));
         checks.push(check_disk("log disk", "holds the evidence of runs", logs, LOG_DISK_MIB));
-        checks.retain(|check| parts.contains(&check.part));
+        checks.retain(|check| check.part == Part::Project || parts.contains(&check.part));
         Self { os: os().name, kernel: super::kernel_release(), checks }
     }
 
@@ -149,14 +152,14 @@ impl Report {
     }
 
     /// The packages that would bring what is missing, too old or broken.
-    pub fn missing_packages(&self) -> Vec<&'static str> {
+    pub fn missing_packages(&self) -> Vec<String> {
         packages(self.problems())
     }
 }
 
 /// The packages of some checks, sorted, each once.
-pub fn packages<'a>(checks: impl Iterator<Item = &'a Check>) -> Vec<&'static str> {
-    let mut packages: Vec<_> = checks.flat_map(|check| check.packages.iter().copied()).collect();
+pub fn packages<'a>(checks: impl Iterator<Item = &'a Check>) -> Vec<String> {
+    let mut packages: Vec<_> = checks.flat_map(|check| check.packages.iter().cloned()).collect();
     packages.sort_unstable();
     packages.dedup();
     packages
@@ -271,7 +274,7 @@ mod tests {
 
     #[test]
     fn packages_of_problems_come_once_and_sorted() {
-        let check = |name: &str, package| Check::new(name, Part::Image, "does").package(package);
+        let check = |name: &str, package: &str| Check::new(name, Part::Image, "does").package(package);
         let report = report(vec![
             check("a", "zeta").bad(State::Missing, "not found", "fix"),
             check("b", "alpha").bad(State::Old, "1.0", "fix"),

@@ -29,12 +29,20 @@ pub const MIB: u64 = 1 << 20;
 /// # Errors
 /// A host fault when the path is relative, cannot be made or cannot be written to.
 pub fn cache_dir() -> Result<PathBuf> {
-    let dir = cache_path(|name| std::env::var_os(name).filter(|value| !value.is_empty()))?;
+    let dir = cache_location()?;
     make_private_dir(&dir).with_context(|| {
         Fault::host(format!("the cache directory {} cannot be written to", dir.display()))
             .fix("Make it writable for you, or set SHAKEDOWN_CACHE to a directory that is")
     })?;
     Ok(dir)
+}
+
+/// As [`cache_dir`], without making it.
+///
+/// # Errors
+/// When the path is relative, or nothing says where.
+pub fn cache_location() -> Result<PathBuf> {
+    cache_path(|name| std::env::var_os(name).filter(|value| !value.is_empty()))
 }
 
 fn cache_path(variable: impl Fn(&str) -> Option<OsString>) -> Result<PathBuf> {

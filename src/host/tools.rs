@@ -10,7 +10,7 @@ use crate::fault::Fault;
 use crate::process;
 use anyhow::{Context, Result};
 use serde::Serialize;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{LazyLock, Mutex, PoisonError};
@@ -24,6 +24,8 @@ pub enum Part {
     Machines,
     /// Building the `debian` image.
     Image,
+    /// The scenarios of the project in the current directory.
+    Project,
 }
 
 /// One line of the table.
@@ -232,6 +234,25 @@ pub fn check_all() -> Vec<Check> {
     TOOLS.iter().filter(|tool| !tool.unprivileged || !is_root()).map(|tool| search.check(tool)).collect()
 }
 
+/// The checks of what a project's settings ask for: programs by name, files by absolute path, each
+/// with its package.
+pub fn check_project(tools: &BTreeMap<String, String>) -> Vec<Check> {
+    let search = Search::from_env();
+    let look = |(name, package): (&String, &String)| {
+        let check = Check::new(name, Part::Project, "serves this project's tests").package(package);
+        let place = if name.starts_with('/') {
+            Some(PathBuf::from(name)).filter(|path| path.exists())
+        } else {
+            search.find(name)
+        };
+        match place {
+            Some(path) => check.path(&path).ok("present"),
+            None => check.bad(State::Missing, "not found", install_fix(package)),
+        }
+    };
+    tools.iter().map(look).collect()
+}
+
 /// How to get packages (names with spaces between), as a sentence.
 pub fn install_fix(packages: &str) -> String {
     if os().debian {
@@ -314,6 +335,17 @@ pub(crate) mod tests {
         let missing = look_for_files(check.clone(), &["/proc/self/stat", "/nowhere/cdboot.img"]);
         assert_eq!((missing.state, missing.found.as_str()), (State::Missing, "no /nowhere/cdboot.img"));
         assert_eq!(look_for_files(check, &["/proc/self/stat"]).state, State::Ok);
+    }
+
+    #[test]
+    fn a_project_s_tools_are_programs_and_files() {
+        let tools = [("sh", "dash"), ("/proc/self/stat", "linux"), ("no-such-tool", "mine"), ("/no/file", "x")];
+        let tools = tools.map(|(name, package)| (name.to_owned(), package.to_owned()));
+        let checks = check_project(&tools.into());
+        let found: Vec<_> = checks.iter().map(|check| (check.name.as_str(), check.state)).collect();
+        let (missing, ok) = (State::Missing, State::Ok);
+        assert_eq!(found, [("/no/file", missing), ("/proc/self/stat", ok), ("no-such-tool", missing), ("sh", ok)]);
+        assert!(checks[2].fix.as_ref().is_some_and(|fix| fix.contains("mine")), "{checks:?}");
     }
 
     #[test]

@@ -19,6 +19,7 @@ use crate::record::{Environment, metadata};
 use crate::vm::Firmware;
 use crate::{host, nearest};
 use anyhow::{Result, bail};
+use once_cell::sync::OnceCell;
 use serde::{Deserialize, Serialize};
 use settings::Source;
 use std::collections::BTreeMap;
@@ -156,7 +157,8 @@ impl Kind for Built {
 #[derive(Clone, Debug)]
 pub struct Images {
     cache: PathBuf,
-    store: Store<Built>,
+    /// Opened when the first image of a recipe is asked for.
+    store: OnceCell<Store<Built>>,
     project: PathBuf,
     default: String,
     /// In place of the default image.
@@ -166,10 +168,10 @@ pub struct Images {
 
 impl Images {
     /// The images that `tables` describe, by name, and the built-in `debian`. `default` is the one
-    /// meant where none is named. Kept below `cache`.
+    /// meant where none is named. Kept below `cache`, which is not looked at yet.
     ///
     /// # Errors
-    /// A host [`Fault`] that names what is wrong in the settings, or the store that cannot be made.
+    /// A host [`Fault`] that names what is wrong in the settings.
     pub fn new(
         cache: PathBuf,
         environment: &Environment,
@@ -183,15 +185,23 @@ impl Images {
         let default = default.clone().unwrap_or_else(|| BUILTIN.into());
         let prebuilt = environment.overrides.get(IMAGE_VARIABLE).filter(|file| !file.is_empty());
         let images = Self {
-            store: Self::store_in(&cache)?,
+            store: OnceCell::new(),
             cache,
             project: environment.project.clone(),
             prebuilt: prebuilt.map(|file| environment.project.join(file)),
             default,
             sources,
         };
-        images.source(&images.default)?;
+        images.check(None)?;
         Ok(images)
+    }
+
+    /// Whether there is an image of that name, or the default one.
+    ///
+    /// # Errors
+    /// A host [`Fault`] with the nearest right name.
+    pub fn check(&self, name: Option<&str>) -> Result<()> {
+        self.source(name.unwrap_or(&self.default)).map(drop)
     }
 
     /// The store below `cache`, for its upkeep.
@@ -262,7 +272,8 @@ impl Images {
         events: &Events,
     ) -> Result<Image> {
         let plan = debian::Plan::new(settings, &self.cache.join("apt"), deadline)?;
-        let entry = self.store.get(&plan.key, name, deadline, events, |dir, log| {
+        let store = self.store.get_or_try_init(|| Self::store_in(&self.cache))?;
+        let entry = store.get(&plan.key, name, deadline, events, |dir, log| {
             let free = host::free_disk(dir)?;
             if free < BUILD_BYTES {
                 bail!(Fault::host(format!("a build needs {} MiB, and {} has {}", BUILD_BYTES >> 20, dir.display(), free >> 20))

@@ -23,7 +23,8 @@ pub use upkeep::Stored;
 
 use super::digest;
 use crate::deadline::{Deadline, Stop};
-use crate::fault::Fault;
+use crate::fault::{Blame, Fault, blame};
+use crate::process;
 use crate::record::event::{Event, Events};
 use crate::record::files::{read_json, remove, write_json};
 use anyhow::{Context, Result, bail};
@@ -124,6 +125,8 @@ impl<K> Clone for Store<K> {
 struct Failure {
     at: Timestamp,
     error: String,
+    /// A machine under test failed, not we.
+    machine: bool,
 }
 
 enum Found<K> {
@@ -181,12 +184,10 @@ impl<K: Kind> Store<K> {
                 self.discard(key, &lock)?;
             }
         }
-        if waited && let Some(error) = self.failure_since(key, began) {
-            let fault = Fault::host(format!(
-                "{} `{name}` was built by another process, which failed:\n{error}",
-                K::NAME
-            ));
-            return Err(fault.fix("correct the cause, then start again").into());
+        if waited && let Some(failure) = self.failure_since(key, began) {
+            let fault = if failure.machine { Fault::machine } else { Fault::host };
+            let what = format!("{} `{name}` was built by someone else, who failed:\n{}", K::NAME, failure.error);
+            return Err(fault(what).fix("correct the cause, then start again").into());
         }
         let manifest = self.build(key, name, &lock, deadline, events, build)?;
         match self.find(key, true)? {
@@ -233,8 +234,11 @@ impl<K: Kind> Store<K> {
         });
         if let Err(error) = &result {
             // What was cut short by Ctrl-C says nothing about the next attempt.
-            if !error.chain().any(|e| e.downcast_ref() == Some(&Stop::Interrupted)) {
-                let _ = write_json(&failed, &Failure { at: Timestamp::now(), error: format!("{error:#}") });
+            let stopped = error.chain().any(|e| e.downcast_ref() == Some(&Stop::Interrupted));
+            if !stopped && !process::interrupted() {
+                let machine = blame(error) == Some(Blame::Machine);
+                let failure = Failure { at: Timestamp::now(), error: format!("{error:#}"), machine };
+                let _ = write_json(&failed, &failure);
             }
             let _ = self.temporary(key, lock);
         }
@@ -298,9 +302,9 @@ impl<K: Kind> Store<K> {
         Ok(Found::Entry(Box::new(Entry { dir, manifest, guard: Guard(Arc::new(file)) })))
     }
 
-    fn failure_since(&self, key: &str, began: Timestamp) -> Option<String> {
+    fn failure_since(&self, key: &str, began: Timestamp) -> Option<Failure> {
         let failure: Failure = read_json(&self.path(key, "failed")).ok()?;
-        (failure.at >= began).then_some(failure.error)
+        (failure.at >= began).then_some(failure)
     }
 
     /// Takes an entry out of sight in one step, then removes it. Who has its files open keeps them.

@@ -121,7 +121,8 @@ impl Record {
 
 /// Appends lines in one write under a lock, and makes the file and its directory where missing.
 ///
-/// A torn line, left by a writer that died, is ended first, so that it stays the only one.
+/// What a writer that died left of its line is moved to `<ledger>.torn` first; a [`sweep`](super::sweep)
+/// restores the record from its run directory.
 ///
 /// # Errors
 /// A host [`Fault`] when the ledger cannot be written; it is then as it was before.
@@ -143,12 +144,19 @@ fn write(path: &Path, mut text: Vec<u8>) -> Result<()> {
     }
     let mut file = File::options().create(true).append(true).read(true).open(path)?;
     files::lock(&file, path)?;
-    let length = file.metadata()?.len();
+    let mut length = file.metadata()?.len();
     if length > 0 {
         let mut last = [0];
         file.read_exact_at(&mut last, length - 1)?;
         if last != *b"\n" {
-            text.insert(0, b'\n');
+            let fragment = fragment(path)?;
+            if parse(&fragment).is_ok() {
+                text.insert(0, b'\n');
+            } else {
+                length -= fragment.len() as u64;
+                set_aside(path, fragment)?;
+                file.set_len(length)?;
+            }
         }
     }
     let written = file.write(&text)?;
@@ -160,6 +168,22 @@ fn write(path: &Path, mut text: Vec<u8>) -> Result<()> {
         "only {written} of {} bytes could be written: the disk is full",
         text.len()
     );
+    Ok(())
+}
+
+/// What follows the last newline. Rare enough to read the whole ledger for it.
+fn fragment(path: &Path) -> Result<Vec<u8>> {
+    let mut text = std::fs::read(path)?;
+    let start = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |newline| newline + 1);
+    Ok(text.split_off(start))
+}
+
+/// Nothing that was ever written is thrown away. Killed in between, it is there twice.
+fn set_aside(path: &Path, mut fragment: Vec<u8>) -> Result<()> {
+    let mut torn = path.as_os_str().to_owned();
+    torn.push(".torn");
+    fragment.push(b'\n');
+    File::options().create(true).append(true).open(torn)?.write_all(&fragment)?;
     Ok(())
 }
 

@@ -104,10 +104,18 @@ pub fn detect_afresh(deadline: &Deadline) -> Result<Accel> {
     decide(deadline, false)
 }
 
+/// What `SHAKEDOWN_ACCEL` says, if anything.
+///
+/// # Errors
+/// [`setting::Invalid`] when it is neither `tcg` nor `kvm`.
+pub fn chosen() -> Result<Option<Kind>> {
+    let name = setting::choice(VARIABLE, &["tcg", "kvm"])?;
+    Ok(name.map(|name| if name == "kvm" { Kind::Kvm } else { Kind::Tcg }))
+}
+
 fn decide(deadline: &Deadline, trust_cache: bool) -> Result<Accel> {
-    if let Some(name) = setting::choice(VARIABLE, &["tcg", "kvm"])? {
-        let kind = if name == "kvm" { Kind::Kvm } else { Kind::Tcg };
-        return Ok(Accel { kind, reason: format!("{VARIABLE}={name}"), fix: None });
+    if let Some(kind) = chosen()? {
+        return Ok(Accel { kind, reason: format!("{VARIABLE}={kind}"), fix: None });
     }
     if let Some(obstacle) = obstacle(Path::new(DEVICE)) {
         return Ok(obstacle);

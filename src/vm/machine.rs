@@ -33,6 +33,8 @@ const QEMU_START: Duration = Duration::from_secs(30);
 /// A clean power-off under emulation takes two to five seconds.
 const POWER_OFF: Duration = Duration::from_secs(60);
 
+/// From a broken connection to the end of QEMU that broke it.
+pub(crate) const LAST_MOMENTS: Duration = Duration::from_secs(1);
 /// From the state to the guest's first answer; it takes half a second.
 const THAW: Duration = Duration::from_secs(30);
 /// An agent that runs answers in milliseconds; one that is still starting needs a few seconds.
@@ -95,6 +97,8 @@ pub struct Vm {
     launch: Launch,
     deadline: Deadline,
     workspace: Workspace,
+    /// By [`Vm::power_off`].
+    powered_off: bool,
     /// What it continues from, which must stay while it runs.
     template: Option<Template>,
 }
@@ -207,7 +211,7 @@ impl Vm {
             Some(template) => template.frozen.clone(),
             None => Frozen::of(&self.launch),
         };
-        self.rest(&mut frozen, &deadline)?;
+        self.choose_channel(&mut frozen, &deadline)?;
         self.qmp.execute(&qmp::stop {}, &deadline).context(Fault::host("QEMU cannot stop the machine"))?;
         let parent = self.template.clone();
         let template = Template::of_running(
@@ -220,6 +224,28 @@ impl Vm {
         );
         self.qmp.execute(&qmp::cont {}, &deadline).context(Fault::host("QEMU cannot go on"))?;
         Ok(Checkpoint::new(name, template?, self.launch.clone(), self.deadline.clone()))
+    }
+
+    /// Where this fork continues from, to make more machines like it: each is as this one was when
+    /// the scenario began. `None` for a machine that was booted.
+    pub fn origin(&self) -> Option<Checkpoint> {
+        let template = self.template.clone()?;
+        Some(Checkpoint::new("sibling", template, self.launch.clone(), self.deadline.clone()))
+    }
+
+    /// Bytes of memory that are this machine's alone: what it does not share with its template.
+    /// Counts QEMU itself and its translated code.
+    ///
+    /// # Errors
+    /// When the system cannot tell.
+    pub fn private_memory(&self) -> Result<u64> {
+        let path = format!("/proc/{}/smaps_rollup", self.pid());
+        let text =
+            std::fs::read_to_string(&path).with_context(|| Fault::host(format!("cannot read {path}")))?;
+        let kib = text
+            .lines()
+            .find_map(|line| line.strip_prefix("Pss_Anon:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        kib.map(|kib| kib * 1024).with_context(|| Fault::host(format!("{path} does not tell Pss_Anon")))
     }
 
     fn thaw(&mut self, template: &Template, deadline: &Deadline) -> Result<()> {
@@ -236,10 +262,22 @@ impl Vm {
         // The guest's clock stands where the template was frozen.
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let set = format!("date -u -s @{}.{:09} >/dev/null", now.as_secs(), now.subsec_nanos());
+        if let Some(agent) = self.agent(deadline) {
+            agent.prelude(set);
+            return Ok(());
+        }
         match self.ask(Cmd::new(set), deadline) {
             Some(Ok(_)) => Ok(()),
             Some(Err(error)) => Err(self.explain(error, "a fork does not answer")),
             None => Err(Fault::host("a fork has neither agent nor shell").into()),
+        }
+    }
+
+    /// Does at the latest now what the first command in a fork does: sets its clock.
+    fn finish_thaw(&mut self) -> Result<()> {
+        match &self.agent {
+            AgentPort::Ready(agent) if agent.has_prelude() => self.shell()?.run(":").map(drop),
+            _ => Ok(()),
         }
     }
 
@@ -273,6 +311,7 @@ impl Vm {
             launch,
             deadline: deadline.clone(),
             workspace,
+            powered_off: false,
             template,
         })
     }
@@ -344,6 +383,7 @@ impl Vm {
                 .fix("use vm.console(), or set `key` in the image's settings")
                 .into());
         }
+        self.finish_thaw()?;
         if self.ssh.is_none() {
             self.connect(&self.deadline.within(self.launch.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT"))?;
         }
@@ -387,22 +427,22 @@ impl Vm {
         if !state.success() {
             self.note(format!("the template's system is {}", state.trimmed()));
         }
-        self.rest(frozen, deadline)
+        self.choose_channel(frozen, deadline)?;
+        // What every fork will do first, so that it finds its pages warm.
+        self.shell()?.run("date -u -s @$(date +%s) >/dev/null; echo warm | cat")?;
+        self.qemu.wait_idle(deadline)
     }
 
-    /// Finds the channel that forks will use, closes all others, and waits until nothing is going on.
-    fn rest(&mut self, frozen: &mut Frozen, deadline: &Deadline) -> Result<()> {
+    /// Finds the channel that forks will use, and ends the SSH session: its peer would be gone in
+    /// every fork.
+    fn choose_channel(&mut self, frozen: &mut Frozen, deadline: &Deadline) -> Result<()> {
         frozen.agent = self.agent(&deadline.within(AGENT, "the guest agent's first answer")).is_some();
-        if frozen.agent {
-            // What every fork will do first, so that it finds its pages warm.
-            self.shell()?.run("date -u -s @$(date +%s) >/dev/null; echo warm | cat")?;
-        } else {
+        if !frozen.agent {
             self.log_in(deadline)?;
             frozen.shell = self.shell.as_ref().map(|shell| shell.token().to_owned());
         }
-        // The session ends before the freeze: its peer would be gone in every fork.
         self.ssh = None;
-        self.qemu.wait_idle(deadline)
+        Ok(())
     }
 
     /// Stops the guest for good.
@@ -416,6 +456,7 @@ impl Vm {
     /// # Errors
     /// A machine [`Fault`] when the login does not succeed.
     pub fn console(&mut self) -> Result<Session<'_>> {
+        self.finish_thaw()?;
         let deadline = self.deadline.clone();
         self.log_in(&deadline.within(self.launch.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT"))?;
         self.session_on_console(&deadline)
@@ -461,8 +502,8 @@ impl Vm {
     /// A machine [`Fault`] when the guest does not power off in a minute; it is killed then.
     pub fn power_off(&mut self) -> Result<()> {
         let deadline = self.deadline.within(POWER_OFF, "a clean power-off");
-        let events = self.launch.evidence.events();
-        events.emit(Event::PowerOffRequested);
+        self.powered_off = true;
+        self.launch.evidence.events().emit(Event::PowerOffRequested);
         let status = match self.press_until_off(&deadline) {
             Ok(status) => status,
             Err(error) => {
@@ -576,6 +617,9 @@ impl Vm {
 
     /// Files the evidence that every run has, and more when it did not pass; then ends the machine.
     pub fn finish(mut self, passed: bool) {
+        if let (Some(template), Ok(private)) = (&self.template, self.private_memory()) {
+            template.learn(private);
+        }
         diagnose::collect(&mut self, passed);
     }
 
@@ -604,12 +648,21 @@ impl Vm {
     /// A QEMU that was killed or crashed is the host's fault whatever the wait on it says; one that
     /// ended well was powered off by its guest.
     fn add_obituary(&mut self, error: anyhow::Error) -> anyhow::Error {
-        match self.qemu.ended() {
-            Some(status) if status.success() => {
-                error.context(Fault::machine("the machine powered itself off"))
-            }
-            Some(_) => error.context(Fault::host(self.qemu.obituary())),
+        match self.death(LAST_MOMENTS) {
+            Some(Death::PoweredOff) => error.context(Fault::machine(Death::PoweredOff.to_string())),
+            Some(broke) => error.context(Fault::host(broke.to_string())),
             None => error,
+        }
+    }
+
+    /// How it died; `None` while it lives, and when it was asked to power off. Waits for `patience`,
+    /// since a connection breaks some moments before the end of QEMU can be seen.
+    pub(crate) fn death(&mut self, patience: Duration) -> Option<Death> {
+        let status = self.qemu.wait(&Deadline::after(patience, "QEMU's last moments")).ok()?;
+        match status.success() {
+            true if self.powered_off => None,
+            true => Some(Death::PoweredOff),
+            false => Some(Death::Broke(self.qemu.obituary())),
         }
     }
 
@@ -652,6 +705,24 @@ impl Vm {
 
     pub(super) fn note(&self, text: impl Into<String>) {
         self.launch.evidence.events().note(text);
+    }
+}
+
+/// An end that nobody asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Death {
+    /// The guest powered it off, or restarted it: machines do not come back.
+    PoweredOff,
+    /// QEMU crashed or was killed: how, and its last words.
+    Broke(String),
+}
+
+impl std::fmt::Display for Death {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::PoweredOff => "the machine powered itself off",
+            Self::Broke(obituary) => obituary,
+        })
     }
 }
 

@@ -11,6 +11,7 @@ mod screen;
 pub mod spec;
 pub mod template;
 
+pub(crate) use machine::{Death, LAST_MOMENTS};
 pub use machine::{Launch, Vm};
 pub use needs::{Boot, Bus, DiskNeed, Firmware, Medium, Needs};
 pub use template::Template;

@@ -30,7 +30,7 @@ const FORMAT: u32 = 1;
 const RAM: &str = "ram";
 const STATE: &str = "state";
 /// A guest that is never idle is frozen as it is.
-const SETTLE_TIME: Duration = Duration::from_secs(60);
+const SETTLE_TIME: Duration = Duration::from_secs(40);
 /// The device state is half a MiB; without shared memory it is all of the memory.
 const FREEZE_TIME: Duration = Duration::from_secs(120);
 
@@ -140,7 +140,7 @@ impl Template {
     /// Loads the device state into a QEMU that waits for it. The guest stands still afterwards.
     pub(super) fn load(&self, qmp: &mut Qmp, deadline: &Deadline) -> Result<(), QmpError> {
         if !self.frozen.copied {
-            share_memory(qmp, deadline)?;
+            share_memory(qmp, true, deadline)?;
         }
         let state = crate::process::quote(&self.dir.join(STATE).to_string_lossy());
         let incoming = qmp::migrate_incoming {
@@ -153,6 +153,32 @@ impl Template {
             std::thread::sleep(deadline.slice(Duration::from_millis(3)));
         }
         Ok(())
+    }
+}
+
+/// In a template's directory: how much memory its forks had to themselves, in MiB, at the most.
+const PRIVATE: &str = "private-mib";
+
+impl Template {
+    /// The memory that a fork of this launch will probably have to itself, in MiB, as measured on
+    /// earlier ones; `None` while there is no template or no measurement.
+    ///
+    /// # Errors
+    /// When the launch cannot be planned.
+    pub fn expected_private_mib(cache: &Path, launch: &Launch) -> Result<Option<u32>> {
+        let file = cache.join("templates").join(key(launch)?).join(PRIVATE);
+        Ok(std::fs::read_to_string(file).ok().and_then(|text| text.trim().parse().ok()))
+    }
+
+    /// Remembers what a fork had to itself at its end.
+    pub(super) fn learn(&self, private: u64) {
+        let mib = u32::try_from(private >> 20).unwrap_or(u32::MAX);
+        let file = self.dir.join(PRIVATE);
+        let known = std::fs::read_to_string(&file).ok().and_then(|text| text.trim().parse::<u32>().ok());
+        if known.is_none_or(|known| known < mib) {
+            // An estimate: a lost one costs nothing, a torn one is no number.
+            let _ = std::fs::write(&file, format!("{mib}\n"));
+        }
     }
 }
 
@@ -199,6 +225,8 @@ impl Template {
         let scratch = Scratch::under(&launch.machines)?;
         let dir = scratch.path().to_owned();
         // Its memory is not in a file that others could map, so all of it goes into the state ...
+        let whole = share_memory(qmp, false, deadline);
+        whole.context(Fault::host("QEMU cannot save a machine with its memory"))?;
         migrate_to(qmp, &dir.join(STATE), deadline)?;
         frozen.copied = true;
         launch.plan(files)?.copy_files(files, &dir, deadline)?;
@@ -291,7 +319,7 @@ fn boot_and_freeze(launch: Launch, dir: &Path, deadline: &Deadline) -> Result<Fr
 /// the state, because this QEMU cannot leave it where it is.
 fn save(machine: &mut Stopped, state: &Path, deadline: &Deadline) -> Result<bool> {
     let qmp = machine.qmp();
-    let copied = match share_memory(qmp, deadline) {
+    let copied = match share_memory(qmp, true, deadline) {
         Ok(()) => false,
         Err(QmpError::Refused { .. }) => true,
         Err(error) => return Err(error).context(Fault::host("cannot prepare the freezing")),
@@ -324,9 +352,9 @@ fn migrate_to(qmp: &mut Qmp, state: &Path, deadline: &Deadline) -> Result<()> {
     }
 }
 
-/// Leaves the memory out of the state: it is in its file already.
-fn share_memory(qmp: &mut Qmp, deadline: &Deadline) -> Result<(), QmpError> {
+/// Leaves the memory out of the state, where it is in a file already, or not.
+fn share_memory(qmp: &mut Qmp, state: bool, deadline: &Deadline) -> Result<(), QmpError> {
     let capability =
-        qmp::MigrationCapabilityStatus { capability: qmp::MigrationCapability::x_ignore_shared, state: true };
+        qmp::MigrationCapabilityStatus { capability: qmp::MigrationCapability::x_ignore_shared, state };
     qmp.execute(&qmp::migrate_set_capabilities { capabilities: vec![capability] }, deadline).map(drop)
 }

@@ -2,6 +2,7 @@
 
 mod boot;
 mod disks;
+mod forks;
 mod network;
 mod power;
 mod prebuilt;

@@ -1,4 +1,4 @@
-//! Scenarios that end in every way there is. `tests/harness.rs` runs this binary and checks what it
+//! Scenarios that end in every way there is. `tests/harness/` runs this binary and checks what it
 //! says; it is an example, not a test, because half of it fails on purpose.
 
 use shakedown::fault::Fault;

@@ -92,16 +92,25 @@ fn what_is_appended_is_read_back() {
 }
 
 #[test]
-fn a_torn_line_stays_alone_and_is_reported() {
-    let (_directory, path) = ledger(&format!("{}\n{}", line(&record("a", 1)), &line(&record("b", 1))[..40]));
-    let torn = check(&path).expect("opens");
-    assert_eq!(torn.len(), 2, "torn, and without a newline: {torn:?}");
-    assert!(torn.iter().all(|problem| problem.line == 2 && problem.what.starts_with("torn line")));
+fn a_torn_line_is_reported_and_set_aside_by_the_next() {
+    let torn = line(&record("b", 1))[..40].to_owned();
+    let (_directory, path) = ledger(&format!("{}\n{torn}", line(&record("a", 1))));
+    let found = check(&path).expect("opens");
+    assert_eq!(found.len(), 2, "torn, and without a newline: {found:?}");
+    assert!(found.iter().all(|problem| problem.line == 2 && problem.what.starts_with("torn line")));
     append(&path, &[record("c", 1)]).expect("writes");
-    let lines: Vec<_> = read(&path).expect("opens").collect();
-    assert_eq!(lines[0].as_ref().expect("sound").scenario, "a");
-    assert_eq!(lines[1].as_ref().expect_err("torn").what, "torn line: it ends in mid-record");
-    assert_eq!(lines[2].as_ref().expect("sound").scenario, "c");
+    assert_eq!(check(&path).expect("opens"), []);
+    let names: Vec<_> = read(&path).expect("opens").map(|record| record.expect("sound").scenario).collect();
+    assert_eq!(names, ["a", "c"]);
+    let aside = std::fs::read_to_string(path.with_extension("jsonl.torn")).expect("is kept");
+    assert_eq!(aside, format!("{torn}\n"));
+}
+
+#[test]
+fn a_ledger_of_nothing_but_a_torn_line_begins_anew() {
+    let (_directory, path) = ledger("{");
+    append(&path, &[record("a", 1)]).expect("writes");
+    assert_eq!(check(&path).expect("opens"), []);
 }
 
 #[test]
@@ -234,7 +243,7 @@ fn threads_and_processes_leave_only_whole_lines() {
         assert!(child.wait().expect("ends").success());
     }
     let found = check(&path).expect("opens");
-    assert_eq!(found.len(), 1, "only the torn line that was there: {found:?}");
+    assert_eq!(found, [], "the torn line that was there is set aside");
     assert_eq!(read(&path).expect("opens").flatten().count(), 2 * WRITERS * LINES);
 }
 

@@ -1,86 +1,25 @@
-//! The harness as its users meet it: what a test binary prints and how it exits.
-//!
-//! The binary is the example `selftest`. `cargo test --test harness` alone does not build examples,
-//! so the first test that needs it does.
+//! Scenarios without machines: how they end, how they are selected, what is printed.
 
-use assert_cmd::Command;
-use shakedown::record::ledger;
-use std::path::{Path, PathBuf};
-use std::process::{Output, Stdio};
-use std::sync::OnceLock;
-use std::time::{Duration, Instant};
+use super::support::{Ended, Place, cargo, ended, finish, signal, wait};
+use rustix::process::Signal;
+use std::process::Child;
 
-fn cargo() -> std::process::Command {
-    let mut cargo = std::process::Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
-    cargo.current_dir(env!("CARGO_MANIFEST_DIR")).env_remove("SHAKEDOWN_MARKERS");
-    cargo
-}
-
-fn binary() -> &'static Path {
-    static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| {
-        let arguments = ["build", "--example", "selftest", "--message-format", "json-render-diagnostics"];
-        let built = cargo().args(arguments).output().expect("cargo runs");
-        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-        let executable = |line: &str| {
-            let message: serde_json::Value = serde_json::from_str(line).ok()?;
-            (message["target"]["name"] == "selftest")
-                .then(|| message["executable"].as_str().map(PathBuf::from))?
-        };
-        let messages = String::from_utf8_lossy(&built.stdout);
-        messages.lines().find_map(executable).expect("cargo names the executable")
-    })
-}
-
-fn environment(directory: &Path) -> [(&'static str, PathBuf); 3] {
-    [
-        ("BOOT_IMAGE_VM_LOG_ROOT", directory.join("notes")),
-        ("BOOT_IMAGE_VM_LEDGER_PATH", directory.join("ledger.jsonl")),
-        ("SHAKEDOWN_CACHE", directory.join("cache")),
-    ]
-}
-
-struct Ended {
+struct Run {
     out: String,
     err: String,
     code: Option<i32>,
-    directory: tempfile::TempDir,
-}
-
-impl Ended {
-    /// The ledger as `name: outcome` in the order of the names.
-    fn ledger(&self) -> Vec<String> {
-        let records = ledger::read(&self.directory.path().join("ledger.jsonl")).expect("a ledger");
-        let line = |record: ledger::Record| format!("{}: {}", record.scenario, record.outcome);
-        let mut lines: Vec<_> = records.map(|record| line(record.expect("valid"))).collect();
-        lines.sort();
-        lines
-    }
-}
-
-fn ended(output: Output, directory: tempfile::TempDir) -> Ended {
-    let text = |bytes| String::from_utf8(bytes).expect("UTF-8");
-    Ended { out: text(output.stdout), err: text(output.stderr), code: output.status.code(), directory }
+    place: Place,
 }
 
 /// Runs it to its end, with evidence in a directory of its own.
-fn selftest(arguments: &[&str]) -> Ended {
+fn selftest(arguments: &[&str]) -> Run {
     selftest_with(arguments, &[])
 }
 
-fn selftest_with(arguments: &[&str], variables: &[(&str, &str)]) -> Ended {
-    let directory = tempfile::tempdir().expect("temp dir");
-    let mut command = Command::new(binary());
-    command
-        .args(arguments)
-        .env_remove("SHAKEDOWN_MARKERS")
-        .env_remove("NEXTEST")
-        .env_remove("NEXTEST_RUN_ID")
-        .env_remove("RUST_BACKTRACE")
-        .envs(environment(directory.path()))
-        .envs(variables.iter().copied())
-        .timeout(Duration::from_secs(120));
-    ended(command.output().expect("runs"), directory)
+fn selftest_with(arguments: &[&str], variables: &[(&str, &str)]) -> Run {
+    let place = Place::new();
+    let Ended { out, err, code } = place.run("selftest", arguments, variables);
+    Run { out, err, code, place }
 }
 
 fn names(list: &str) -> Vec<&str> {
@@ -118,7 +57,7 @@ fn a_run_says_what_failed_what_broke_and_what_was_ignored() {
         "panics: failed",
         "passes: passed",
     ];
-    assert_eq!(run.ledger(), expected);
+    assert_eq!(run.place.outcomes(), expected);
 }
 
 #[test]
@@ -133,7 +72,7 @@ fn listing_leaves_no_trace_and_knows_what_is_ignored() {
     assert_eq!((list.code, list.err.as_str()), (Some(0), ""));
     assert_eq!(names(&list.out).len(), 10, "{}", list.out);
     assert!(list.out.contains("group::passes_slowly: test\n"), "{}", list.out);
-    assert_eq!(std::fs::read_dir(list.directory.path()).expect("reads").count(), 0);
+    assert!(["notes", "ledger.jsonl", "cache"].iter().all(|name| !list.place.path(name).exists()));
     let ignored = selftest(&["--list", "--format", "terse", "--ignored"]);
     assert_eq!(
         names(&ignored.out),
@@ -218,78 +157,93 @@ fn help_tells_of_markers() {
 }
 
 /// Starts the two scenarios that wait for Ctrl-C, one after the other, and waits for the first.
-fn start_interrupted(directory: &tempfile::TempDir, flag: &Path) -> std::process::Child {
-    let child = std::process::Command::new(binary())
-        .args(["interrupted", "--include-ignored", "--test-threads", "1"])
-        .env_remove("NEXTEST")
-        .env_remove("NEXTEST_RUN_ID")
-        .env("SELFTEST_FLAG", flag)
-        .envs(environment(directory.path()))
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("starts");
-    let begun = Instant::now();
-    while !flag.exists() {
-        assert!(begun.elapsed() < Duration::from_secs(60), "the scenario never began");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+fn start_interrupted(place: &Place) -> Child {
+    let flag = place.path("flag");
+    let mut command =
+        place.command("selftest", &["interrupted", "--include-ignored", "--test-threads", "1"]);
+    let child = command.env("SELFTEST_FLAG", &flag).spawn().expect("starts");
+    wait("the scenario begins", || flag.exists());
     child
 }
 
 #[test]
 fn a_signal_ends_what_runs_and_what_has_not_begun() {
-    use rustix::process::{Pid, Signal, kill_process};
-    for signal in [Signal::INT, Signal::TERM] {
-        let directory = tempfile::tempdir().expect("temp dir");
-        let flag = directory.path().join("flag");
-        let child = start_interrupted(&directory, &flag);
-        kill_process(Pid::from_child(&child), signal).expect("is alive");
-        let run = ended(child.wait_with_output().expect("ends"), directory);
-        assert_eq!(run.code, Some(130), "{}{}", run.out, run.err);
+    for number in [Signal::INT, Signal::TERM] {
+        let place = Place::new();
+        let child = start_interrupted(&place);
+        signal(&child, number);
+        let run = ended(child.wait_with_output().expect("ends"));
+        assert_eq!(run.code, Some(130), "{run:?}");
         assert!(run.out.contains("---- interrupted_a ----\ninterrupted: interrupted"), "{}", run.out);
         assert!(run.out.contains("---- interrupted_b ----\ninterrupted: not started"), "{}", run.out);
         assert!(run.err.contains("2 interrupted"), "{}", run.err);
-        assert_eq!(run.ledger(), ["interrupted_a: interrupted", "interrupted_b: interrupted"]);
+        assert_eq!(place.outcomes(), ["interrupted_a: interrupted", "interrupted_b: interrupted"]);
     }
 }
 
 #[test]
 fn a_killed_run_is_on_record_after_the_next() {
-    let directory = tempfile::tempdir().expect("temp dir");
-    let flag = directory.path().join("flag");
-    let mut child = start_interrupted(&directory, &flag);
+    let place = Place::new();
+    let mut child = start_interrupted(&place);
     child.kill().and_then(|()| child.wait()).expect("is killed");
-    let output = Command::new(binary()).arg("passes").envs(environment(directory.path())).output();
-    let run = ended(output.expect("runs"), directory);
+    let run = place.run("selftest", &["passes"], &[]);
     assert!(run.err.contains("`interrupted_a` of run"), "{}", run.err);
     assert_eq!(
-        run.ledger(),
+        place.outcomes(),
         ["group::passes_slowly: passed", "interrupted_a: interrupted", "passes: passed"]
     );
 }
 
+/// What nextest does, without nextest: <https://nexte.st/docs/design/custom-test-harnesses/>.
 #[test]
+fn one_process_per_scenario_is_one_run() {
+    let place = Place::new();
+    let nextest = |arguments: &[&str]| {
+        let mut command = place.command("selftest", arguments);
+        command.env("NEXTEST", "1").env("NEXTEST_RUN_ID", "7c9e6679-7425-40de-944b-e07fc1f90ae7");
+        finish(command)
+    };
+    let list = nextest(&["--list", "--format", "terse"]);
+    let ignored = nextest(&["--list", "--format", "terse", "--ignored"]);
+    let ignored = names(&ignored.out);
+    let mut codes = Vec::new();
+    for name in names(&list.out).into_iter().filter(|name| !ignored.contains(name)) {
+        let run = nextest(&["--exact", name, "--nocapture"]);
+        assert_eq!(run.err, "", "nextest says how it ended");
+        codes.push((name.to_owned(), run.code));
+    }
+    let failed = |name: &str| (name.to_owned(), Some(101));
+    let passed = |name: &str| (name.to_owned(), Some(0));
+    let expected = [
+        failed("fails"),
+        passed("group::passes_slowly"),
+        failed("hangs"),
+        failed("host_breaks"),
+        failed("panics"),
+        passed("passes"),
+    ];
+    assert_eq!(codes, expected);
+    let records = place.records();
+    assert_eq!(records.len(), 6);
+    assert!(records.iter().all(|record| record.run_id == records[0].run_id), "one run directory for all");
+}
+
+#[test]
+#[ignore = "needs cargo-nextest; .ci/run runs it"]
 fn nextest_lists_selects_and_runs() {
-    let have = cargo().args(["nextest", "--version"]).output();
-    assert!(
-        have.is_ok_and(|output| output.status.success()),
-        "cargo-nextest is missing. Fix: cargo install --locked cargo-nextest"
-    );
-    let directory = tempfile::tempdir().expect("temp dir");
+    let place = Place::new();
     let nextest = |arguments: &[&str], markers: &str| {
-        let mut command = Command::from_std(cargo());
+        let mut command = cargo();
         command
             .args(["nextest", "run", "--color", "never", "--no-fail-fast", "--example", "selftest"])
             .args(arguments)
             .env("SHAKEDOWN_MARKERS", markers)
-            .envs(environment(directory.path()))
-            .timeout(Duration::from_secs(300));
-        let output = command.output().expect("runs");
-        (String::from_utf8_lossy(&output.stderr).into_owned(), output.status.code())
+            .envs(place.environment());
+        let run = finish(command);
+        (run.err, run.code)
     };
     let (text, code) = nextest(&[], "not(broken)");
-    assert_eq!(code, Some(0), "{text}");
+    assert_eq!(code, Some(0), "{text}\nIs cargo-nextest missing? cargo install --locked cargo-nextest");
     assert!(text.contains("2 tests run: 2 passed, 4 skipped"), "{text}");
     let (text, code) = nextest(&[], "broken");
     assert_eq!(code, Some(100), "{text}");
