@@ -31,6 +31,10 @@ const RAM: &str = "ram";
 const STATE: &str = "state";
 /// A guest that is never idle is frozen as it is.
 const SETTLE_TIME: Duration = Duration::from_secs(40);
+/// Templates that were not used for so long go when a new one is made, and then those last used
+/// longest ago until the rest takes no more than this. One takes a quarter of a GiB.
+const KEPT_UNUSED: Duration = Duration::from_secs(14 * 24 * 3600);
+const KEPT_BYTES: u64 = 6 << 30;
 /// The device state is half a MiB; without shared memory it is all of the memory.
 const FREEZE_TIME: Duration = Duration::from_secs(120);
 
@@ -126,8 +130,11 @@ impl Template {
     ) -> Result<Self> {
         let key = key(launch)?;
         let name = launch.image.name.as_str();
-        let entry = store
-            .get(&key, name, deadline, events, |dir, log| freeze(launch, dir, log, evidence()?, deadline))?;
+        let entry = store.get(&key, name, deadline, events, |dir, log| {
+            // A change of image, QEMU or crate leaves templates that nobody will ask for again.
+            store.prune(Some(KEPT_UNUSED), Some(KEPT_BYTES))?;
+            freeze(launch, dir, log, evidence()?, deadline)
+        })?;
         let Entry { dir, manifest, guard } = entry;
         Ok(Self { dir, frozen: manifest.facts, _hold: Hold::Store(guard) })
     }

@@ -48,6 +48,45 @@ fn forks_have_the_right_time_and_randomness_of_their_own(vm: &mut Vm) -> Result<
     Ok(())
 }
 
+#[scenario(markers = [vm, fork], timeout = "5m")]
+fn eight_forks_are_alive_at_once(vm: &mut Vm) -> Result<()> {
+    let origin = vm.origin().context("this machine was not forked")?;
+    let mut forks = (0..8).map(|_| origin.fork()).collect::<Result<Vec<_>>>()?;
+    for (number, fork) in forks.iter_mut().enumerate() {
+        fork.shell()?.run(format!("echo {number} > /root/number"))?;
+    }
+    for (number, fork) in forks.iter_mut().enumerate() {
+        let found = fork.shell()?.run("cat /root/number")?;
+        ensure!(found.trimmed() == number.to_string(), "fork {number} says {:?}", found.text());
+    }
+    Ok(())
+}
+
+/// What this process holds that a fork might leave behind: files and sockets, threads, mappings.
+fn holdings() -> Result<[usize; 3]> {
+    let count = |path: &str| -> Result<usize> { Ok(std::fs::read_dir(path)?.count()) };
+    let maps = std::fs::read_to_string("/proc/self/maps")?.lines().filter(|line| line.contains('/')).count();
+    Ok([count("/proc/self/fd")?, count("/proc/self/task")?, maps])
+}
+
+#[scenario(markers = [vm, fork, nightly], timeout = "20m")]
+fn two_hundred_forks_leave_nothing_behind(vm: &mut Vm) -> Result<()> {
+    let origin = vm.origin().context("this machine was not forked")?;
+    origin.fork()?.shell()?.run("true")?;
+    let before = holdings()?;
+    for _ in 0..200 {
+        origin.fork()?.shell()?.run("true")?;
+    }
+    let after = holdings()?;
+    // Other scenarios of the same process come and go: not more than they can account for.
+    for (what, before, after) in
+        [("files", before[0], after[0]), ("threads", before[1], after[1]), ("mappings", before[2], after[2])]
+    {
+        ensure!(after < before + 40, "{after} {what} after 200 forks, {before} before");
+    }
+    Ok(())
+}
+
 #[scenario(markers = [vm, fork], disks = ["64M"], timeout = "5m")]
 fn a_checkpoint_keeps_memory_and_disks_and_the_machine_goes_on(vm: &mut Vm) -> Result<()> {
     vm.shell()?.run(
