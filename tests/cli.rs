@@ -203,14 +203,48 @@ fn a_command_that_could_not_run_is_told_from_one_that_failed() {
     };
     let (status, text) = run(&["--image", "vendor.iso", "--", "true"]);
     assert_eq!(status, Some(125), "{text}");
-    assert!(text.contains("unknown image `vendor.iso`") && text.contains("evidence: notes/"), "{text}");
+    assert!(text.contains("unknown image `vendor.iso`"), "{text}");
+    assert!(!project.path().join("notes").exists(), "nothing was begun");
     let (status, text) = run(&["--image", "./vendor.iso", "--", "true"]);
     assert_eq!(status, Some(125), "{text}");
-    assert!(text.contains("there is no image") && text.contains("vendor.iso"), "{text}");
+    assert!(text.contains("there is no image") && text.contains("evidence: notes/"), "{text}");
     for wrong in ["--disk=0", "--cpus=256", "--firmware=bois", "--memory=1500K", "--timeout=0s"] {
         let (status, text) = run(&[wrong, "--", "true"]);
         assert_eq!(status, Some(2), "{wrong}: {text}");
         assert!(text.contains("invalid value"), "{wrong}: {text}");
     }
     assert_eq!(run(&["--"]).0, Some(2), "no command");
+}
+
+#[test]
+fn what_needs_a_terminal_says_so_and_what_else_there_is() {
+    let (cache, here) = (dir(), dir());
+    for (arguments, words) in [
+        (&["vm", "shell"][..], &["needs a terminal", "fix: without one: shakedown vm run"][..]),
+        (&["vm", "debug", "scenario"], &["needs a terminal", "fix: without one"]),
+    ] {
+        let output = shakedown(cache.path()).current_dir(here.path()).args(arguments).output().expect("runs");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(words.iter().all(|words| text.contains(words)), "{text}");
+    }
+    assert_eq!(std::fs::read_dir(here.path()).expect("reads").count(), 0, "nothing was begun");
+}
+
+#[test]
+fn a_host_on_which_no_machine_runs() {
+    let cache = dir();
+    let run = |arguments: &[&str]| shakedown(cache.path()).arg("vm").args(arguments).output().expect("runs");
+    let list = run(&["list", "--json"]);
+    assert_eq!((list.status.code(), &list.stdout[..]), (Some(0), &b"[]\n"[..]));
+    assert_eq!(run(&["kill", "--all"]).status.code(), Some(0));
+    // A process that is there, and no machine.
+    let us = std::process::id().to_string();
+    let kill = run(&["kill", &us]);
+    let text = String::from_utf8_lossy(&kill.stderr).into_owned();
+    assert_eq!(kill.status.code(), Some(1));
+    assert!(text.contains(&format!("no machine {us} runs")), "{text}");
+    for wrong in [&["kill"][..], &["kill", "--all", "1"], &["kill", "one"]] {
+        assert_eq!(run(wrong).status.code(), Some(2), "{wrong:?}");
+    }
 }

@@ -40,3 +40,30 @@ fn its_own_markers_are_known_and_ours_are_too() {
     assert_ne!(code, Some(0), "{text}");
     assert!(text.contains("unknown marker `broken`; known are") && text.contains("`storage`"), "{text}");
 }
+
+/// On a terminal, by script(1): it wants one.
+#[test]
+fn a_scenario_to_debug_is_found_by_its_name() {
+    let this = std::env::current_exe().expect("this test");
+    let target = this.ancestors().nth(3).expect("target/debug/deps/this");
+    let evidence = tempfile::tempdir().expect("temp dir");
+    let debug = |scenario: &str| {
+        let line = format!("{} vm debug {scenario}", env!("CARGO_BIN_EXE_shakedown"));
+        let output = Command::new("script")
+            .args(["-qefc", &line, "/dev/null"])
+            .current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/outside"))
+            .env("CARGO_TARGET_DIR", target)
+            .env("BOOT_IMAGE_VM_LOG_ROOT", evidence.path().join("notes"))
+            .env("BOOT_IMAGE_VM_LEDGER_PATH", evidence.path().join("ledger.jsonl"))
+            .output()
+            .expect("script(1) runs");
+        (String::from_utf8_lossy(&output.stdout).into_owned(), output.status.code())
+    };
+    let (text, code) = debug("the_manifest_has_no_version");
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("did you mean `the_manifest_has_a_version`?"), "{text}");
+    // One that passes has nothing to stop at.
+    let (text, code) = debug("the_manifest_has_a_version");
+    assert_eq!(code, Some(0), "{text}");
+    assert!(text.contains("1 passed") && evidence.path().join("ledger.jsonl").exists(), "{text}");
+}

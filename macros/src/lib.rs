@@ -34,6 +34,8 @@ mod value;
 /// | `disks` | `["4G", nvme("1536M"), ahci("1G")]`: blank disks, in order | none |
 /// | `memory` | `"2G"`, whole MiB | `"1G"` |
 /// | `cpus` | a number | `2` |
+/// | `hostname` | `"node-1"`: the machine's name, instead of its image's | |
+/// | `fresh_machine_id` | stands alone: a machine id of its own, instead of its image's or its template's | |
 ///
 /// Sizes are binary: `K`, `M`, `G`, `T` are powers of 1024. Words may be written as Rust variants
 /// are: `Uefi` is `uefi`. The keys from `image` on describe a machine and need the parameter.

@@ -47,7 +47,8 @@ const EXAMPLES: &str = "\
 Examples:
   shakedown demo                The main job, from a bare host to a scenario that ran
   shakedown doctor --install    What this host has and lacks, and installing that
-  shakedown image list          The boot images in the store
+  shakedown vm run -- uname -a  A command on a machine made for it
+  shakedown vm shell            A machine to work in by hand
 
 `shakedown --help` lists the environment variables and exit statuses.";
 
@@ -55,7 +56,12 @@ const MORE: &str = "\
 Examples:
   shakedown demo                The main job, from a bare host to a scenario that ran
   shakedown doctor --install    What this host has and lacks, and installing that
+  shakedown vm run -- uname -a  A command on a machine made for it
+  shakedown vm shell            A machine to work in by hand
+  shakedown vm debug NAME       A scenario of this project, stopped at its failure
+  shakedown vm list             The machines that run
   shakedown image list          The boot images in the store
+  shakedown template prune      Removes frozen machines that were not used for long
   shakedown ledger check        Whether every line of the ledger is valid
   shakedown bench boot --json   How fast machines boot here
 
@@ -64,6 +70,8 @@ Environment variables:
   SHAKEDOWN_ACCEL                `tcg` or `kvm`, instead of a probe
   SHAKEDOWN_IMAGE                A prebuilt image (ISO, raw, qcow2) instead of the `debian` recipe
   SHAKEDOWN_MARKERS              Which scenarios run, such as `all(vm, not(slow))`
+  SHAKEDOWN_VMS                  How many machines run at once on this host [the number of cores]
+  SHAKEDOWN_DEBUG                `1` stops at the first failure, with the machine alive
   BOOT_IMAGE_VM_SPAWN_TIMEOUT    Seconds from QEMU's start to the first console output [900]
   BOOT_IMAGE_VM_LOGIN_TIMEOUT    Seconds from there to the first command over SSH [300]
   BOOT_IMAGE_VM_LOG_ROOT         Where run directories are made [notes]
@@ -75,7 +83,8 @@ Exit status:
   0    all is well
   1    what was asked about is not, or an error
   2    wrong usage, or a setting that makes no sense
-  130  interrupted";
+  130  interrupted
+`vm run` exits as its command does, and with 125 for an error of ours.";
 
 /// What a subcommand found.
 enum Verdict {

@@ -88,13 +88,10 @@ fn a_shell_is_left_by_its_key_and_gives_the_terminal_back() -> Result<()> {
     keys.write_all(b"echo $(hostname) $(stty size) $((6 * 7))\r")?;
     until("node-1 33 101 42")?;
     keys.write_all(b"\x1d")?;
-    until(" -parenb")?;
-    until("icrnl")?;
-    drop(keys);
-    let mut rest = String::new();
-    screen.read_to_string(&mut rest)?;
-    shown += &rest;
-    let cooked = [" icanon", " echo ", " opost"].iter().all(|mode| shown.contains(mode));
-    ensure!(cooked && script.wait()?.success(), "the terminal is not as it was: {shown}");
+    let mut settings = String::new();
+    screen.read_to_string(&mut settings)?;
+    let modes: Vec<_> = settings.split_whitespace().collect();
+    let cooked = ["icanon", "echo", "opost", "isig"].iter().all(|mode| modes.contains(mode));
+    ensure!(cooked && script.wait()?.success(), "the terminal is not as it was: {settings}");
     Ok(())
 }
