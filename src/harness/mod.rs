@@ -34,7 +34,7 @@ mod verdict;
 
 pub use marker::BUILT_IN as BUILT_IN_MARKERS;
 pub use scenario::{Body, IntoResult, SCENARIOS, Scenario, without_crate};
-pub use settings::Settings;
+pub use settings::{Settings, WrongSettings};
 
 use crate::fault::Fault;
 use crate::process;
@@ -201,8 +201,10 @@ fn run(
     let run = Arc::new(Run::new(environment, settings, Events::to(progress::Lines::default())));
     run.check(scenarios.iter().filter_map(|(scenario, _)| scenario.machine.as_ref()))?;
     let tally = Arc::new(Tally::default());
-    let trials =
-        scenarios.into_iter().map(|(scenario, reason)| trial(&run, &tally, &arguments, scenario, reason)).collect();
+    let trials = scenarios
+        .into_iter()
+        .map(|(scenario, reason)| trial(&run, &tally, &arguments, scenario, reason))
+        .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
     if let Some(line) = tally.summary(&run, not_selected, selection.as_ref()) {
         eprintln!("{line}");

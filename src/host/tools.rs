@@ -339,12 +339,16 @@ pub(crate) mod tests {
 
     #[test]
     fn a_project_s_tools_are_programs_and_files() {
-        let tools = [("sh", "dash"), ("/proc/self/stat", "linux"), ("no-such-tool", "mine"), ("/no/file", "x")];
+        let tools =
+            [("sh", "dash"), ("/proc/self/stat", "linux"), ("no-such-tool", "mine"), ("/no/file", "x")];
         let tools = tools.map(|(name, package)| (name.to_owned(), package.to_owned()));
         let checks = check_project(&tools.into());
         let found: Vec<_> = checks.iter().map(|check| (check.name.as_str(), check.state)).collect();
         let (missing, ok) = (State::Missing, State::Ok);
-        assert_eq!(found, [("/no/file", missing), ("/proc/self/stat", ok), ("no-such-tool", missing), ("sh", ok)]);
+        assert_eq!(
+            found,
+            [("/no/file", missing), ("/proc/self/stat", ok), ("no-such-tool", missing), ("sh", ok)]
+        );
         assert!(checks[2].fix.as_ref().is_some_and(|fix| fix.contains("mine")), "{checks:?}");
     }
 

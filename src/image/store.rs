@@ -186,7 +186,8 @@ impl<K: Kind> Store<K> {
         }
         if waited && let Some(failure) = self.failure_since(key, began) {
             let fault = if failure.machine { Fault::machine } else { Fault::host };
-            let what = format!("{} `{name}` was built by someone else, who failed:\n{}", K::NAME, failure.error);
+            let what =
+                format!("{} `{name}` was built by someone else, who failed:\n{}", K::NAME, failure.error);
             return Err(fault(what).fix("correct the cause, then start again").into());
         }
         let manifest = self.build(key, name, &lock, deadline, events, build)?;

@@ -240,8 +240,11 @@ impl Vm {
     /// When the system cannot tell.
     pub fn private_memory(&self) -> Result<u64> {
         let path = format!("/proc/{}/smaps_rollup", self.pid());
-        let text = std::fs::read_to_string(&path).with_context(|| Fault::host(format!("cannot read {path}")))?;
-        let kib = text.lines().find_map(|line| line.strip_prefix("Pss_Anon:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        let text =
+            std::fs::read_to_string(&path).with_context(|| Fault::host(format!("cannot read {path}")))?;
+        let kib = text
+            .lines()
+            .find_map(|line| line.strip_prefix("Pss_Anon:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
         kib.map(|kib| kib * 1024).with_context(|| Fault::host(format!("{path} does not tell Pss_Anon")))
     }
 
@@ -656,7 +659,9 @@ impl Vm {
         if let Some(ssh) = &mut self.ssh {
             return Some(ssh.run(cmd, deadline));
         }
-        if let Some(agent) = self.agent(&deadline.within(AGENT, "the guest agent's first answer")) {
+        // Where nobody can log in there is hardly an agent, and it had the whole scenario to start.
+        let patience = if self.launch.image.login.is_some() { AGENT } else { Duration::from_secs(1) };
+        if let Some(agent) = self.agent(&deadline.within(patience, "the guest agent's first answer")) {
             return Some(agent.run(cmd, deadline));
         }
         if self.shell.is_none()

@@ -26,7 +26,8 @@ fn verdict(place: &Place, run: &Ended, outcome: Outcome) -> Record {
     assert_eq!((record.outcome, records.len()), (outcome, 0), "{run:?}");
     let code = if outcome == Outcome::Interrupted { 130 } else { 101 };
     assert_eq!(run.code, Some(code), "{run:?}");
-    let file = |path: &Path| std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let file =
+        |path: &Path| std::fs::read(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let path = record.metadata.as_deref().expect("a path");
     let metadata: Metadata = serde_json::from_slice(&file(path)).expect("valid");
     assert_eq!((metadata.outcome, &metadata.reason), (Some(outcome), &record.reason));

@@ -159,8 +159,7 @@ fn help_tells_of_markers() {
 /// Starts the two scenarios that wait for Ctrl-C, one after the other, and waits for the first.
 fn start_interrupted(place: &Place) -> Child {
     let flag = place.path("flag");
-    let mut command =
-        place.command("selftest", &["interrupted", "--include-ignored", "--test-threads", "1"]);
+    let mut command = place.command("selftest", &["interrupted", "--include-ignored", "--test-threads", "1"]);
     let child = command.env("SELFTEST_FLAG", &flag).spawn().expect("starts");
     wait("the scenario begins", || flag.exists());
     child
