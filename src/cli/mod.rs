@@ -10,6 +10,7 @@ mod image;
 mod ledger;
 mod progress;
 mod project;
+mod raw;
 mod table;
 mod template;
 mod terminal;
