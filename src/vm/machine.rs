@@ -720,12 +720,23 @@ impl Vm {
     /// How it died; `None` while it lives, and when it was asked to power off. Waits for `patience`,
     /// since a connection breaks some moments before the end of QEMU can be seen.
     pub(crate) fn death(&mut self, patience: Duration) -> Option<Death> {
-        let status = self.qemu.wait(&Deadline::after(patience, "QEMU's last moments")).ok()?;
+        let patience = Deadline::after(patience, "QEMU's last moments");
+        let Ok(status) = self.qemu.wait(&patience) else { return self.disk_full() };
         match status.success() {
             true if self.powered_off => None,
             true => Some(Death::PoweredOff),
             false => Some(Death::Broke(self.qemu.obituary())),
         }
+    }
+
+    /// A machine that lives, and whose disks this host could not keep up with.
+    fn disk_full(&mut self) -> Option<Death> {
+        let deadline = Deadline::after(LAST_MOMENTS, "asking QEMU for disk errors");
+        let error = self.qmp.disk_error(&deadline).ok()??.to_owned();
+        let place = self.workspace.path().display();
+        Some(Death::Broke(format!(
+            "QEMU had an error with a file in {place}, which the guest saw as a broken disk: {error}"
+        )))
     }
 
     /// The channel for questions about the machine's state: SSH where it is there, else the agent,
@@ -777,7 +788,7 @@ impl Vm {
 pub(crate) enum Death {
     /// The guest powered it off, or restarted it: machines do not come back.
     PoweredOff,
-    /// QEMU crashed or was killed: how, and its last words.
+    /// QEMU crashed or was killed, or could not write to the machine's disks: how, and its last words.
     Broke(String),
 }
 

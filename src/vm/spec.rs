@@ -239,10 +239,12 @@ impl Drive {
             *ahci_port += 1;
             device
         };
+        // By default a machine stops without a word when the host's disk is full.
+        let report = "werror=report";
         let device = match self.attach {
             Attach::Cdrom => ahci("ide-cd"),
-            Attach::Disk(Bus::Ahci) => ahci("ide-hd"),
-            Attach::Disk(Bus::Virtio) => "virtio-blk-pci".to_owned(),
+            Attach::Disk(Bus::Ahci) => format!("{},{report}", ahci("ide-hd")),
+            Attach::Disk(Bus::Virtio) => format!("virtio-blk-pci,{report}"),
             Attach::Disk(Bus::Nvme) => "nvme".to_owned(),
         };
         a.opt("-device", format!("{device},drive={node},serial={serial}{boot}"));
