@@ -54,7 +54,7 @@ pub(super) struct Stage {
     evidence: Evidence,
     events: Events,
     prepared: Mutex<Option<Prepared>>,
-    watch: Mutex<Option<Watch>>,
+    watch: Arc<Mutex<Option<Watch>>>,
 }
 
 /// What a machine is made of, at hand.
@@ -115,7 +115,7 @@ impl Run {
             events: evidence.events(),
             evidence,
             prepared: Mutex::new(None),
-            watch: Mutex::new(None),
+            watch: Arc::default(),
         }
     }
 
@@ -230,20 +230,21 @@ impl Stage {
             login_timeout: environment.login_timeout,
             evidence: self.evidence.clone(),
             machines: prepared.machines.clone(),
+            watch: Arc::clone(&self.watch),
         }
     }
 
     /// Boots or forks the machine.
     pub(super) fn boot(&self, needs: &Needs, deadline: &Deadline) -> Result<Vm> {
-        let prepared = lock(&self.prepared);
-        let prepared = prepared.as_ref().context(Fault::host("nothing is prepared"))?;
-        let launch = self.launch(prepared, needs);
-        let vm = match &prepared.template {
-            Some(template) => Vm::fork(launch, template.clone(), deadline)?,
-            None => Vm::start(launch, deadline)?,
+        let (launch, template) = {
+            let prepared = lock(&self.prepared);
+            let prepared = prepared.as_ref().context(Fault::host("nothing is prepared"))?;
+            (self.launch(prepared, needs), prepared.template.clone())
         };
-        *lock(&self.watch) = Some(vm.watch()?);
-        Ok(vm)
+        match template {
+            Some(template) => Vm::fork(launch, template, deadline),
+            None => Vm::start(launch, deadline),
+        }
     }
 
     /// Ends the machine at once, from another thread than the one that drives it, so that all its

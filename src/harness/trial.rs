@@ -31,7 +31,7 @@ pub(super) fn execute(run: &Arc<Run>, scenario: &'static Scenario) -> (Verdict, 
     }
     let stage = match run.open(scenario) {
         Ok(stage) => Arc::new(stage),
-        Err(error) => return (Verdict::of(Phase::Setup, Ok(Err(error))), None),
+        Err(error) => return (unstarted(run, scenario, Verdict::of(Phase::Setup, Ok(Err(error)))), None),
     };
     let prepared = match &scenario.machine {
         Some(needs) => Verdict::of(Phase::Setup, panics::catch(|| stage.prepare(needs))),
@@ -75,32 +75,39 @@ fn perform_watched(stage: &Arc<Stage>, scenario: &'static Scenario) -> Verdict {
     if let Err(error) = thread {
         return Verdict::new(Outcome::Error, format!("cannot start a thread: {error}"));
     }
-    let verdict = watch(&inbox, &deadline, stage.settling(), &|| stage.kill_machine());
-    verdict.in_time(&deadline)
+    watch(&inbox, &deadline, stage.settling(), &|| stage.kill_machine())
 }
 
 /// The scenario itself, in its own thread. The verdict is sent before the machine is put away; the
 /// end of the channel says that it is.
 fn perform(stage: &Stage, scenario: &Scenario, deadline: &Deadline, verdicts: &mpsc::Sender<Verdict>) {
     // A receiver that is gone has left this thread behind and has its verdict.
-    let send = |verdict: &Verdict| drop(verdicts.send(verdict.clone()));
+    // What comes after the verdict, the evidence above all, is not the scenario's time.
+    let send = |verdict: Verdict| {
+        let verdict = verdict.in_time(deadline);
+        drop(verdicts.send(verdict.clone()));
+        verdict
+    };
     match (scenario.body, &scenario.machine) {
-        (Body::Plain(body), _) => send(&Verdict::of(Phase::Body, panics::catch(body))),
+        (Body::Plain(body), _) => drop(send(Verdict::of(Phase::Body, panics::catch(body)))),
         (Body::Vm(body), Some(needs)) => {
             let mut vm = match panics::catch(|| stage.boot(needs, deadline)) {
                 Ok(Ok(vm)) => vm,
-                failed => return send(&Verdict::of(Phase::Setup, failed.map(|result| result.map(drop)))),
+                failed => {
+                    return drop(send(Verdict::of(Phase::Setup, failed.map(|result| result.map(drop)))));
+                }
             };
             let mut verdict = Verdict::of(Phase::Body, panics::catch(|| body(&mut vm)));
             if let Some(death) = stage.death(&mut vm, &verdict) {
                 verdict = verdict.after(&death);
             }
-            // From here on the scenario's deadline does not count.
-            send(&verdict);
+            let verdict = send(verdict);
             stage.debug(&mut vm, &verdict);
             stage.settle(vm, &verdict);
         }
-        (Body::Vm(_), None) => send(&Verdict::new(Outcome::Error, "the scenario declares no machine")),
+        (Body::Vm(_), None) => {
+            drop(send(Verdict::new(Outcome::Error, "the scenario declares no machine")));
+        }
     }
 }
 
