@@ -122,11 +122,11 @@ fn a_scenario_to_debug_is_found_by_its_name() {
         script.args(["-qefc", &line, "/dev/null"]);
         project.run(script)
     };
-    let (text, code) = debug("the_manifest_has_no_version");
+    let (text, code) = debug("the_rescue_disc_shows_its_menu");
     assert_eq!(code, Some(1), "{text}");
-    assert!(text.contains("did you mean `the_manifest_has_a_version`?"), "{text}");
+    assert!(text.contains("did you mean `the_rescue_disk_shows_its_menu`?"), "{text}");
     // One that passes has nothing to stop at.
-    let (text, code) = debug("the_manifest_has_a_version");
+    let (text, code) = debug("the_rescue_disk_shows_its_menu");
     assert_eq!(code, Some(0), "{text}");
     assert!(text.contains("1 passed"), "{text}");
 }
