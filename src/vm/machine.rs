@@ -540,7 +540,7 @@ impl Vm {
     /// # Errors
     /// What [`Console::bridge`] gives.
     pub fn interact(&mut self, keys: impl Read + AsFd, screen: impl Write + Send + 'static) -> Result<()> {
-        let begin = self.shell.take().map_or("", |_| Shell::LEAVE);
+        let begin = self.shell.take().map_or("", Shell::leave);
         self.console.bridge(begin, keys, screen, &self.deadline)
     }
 
