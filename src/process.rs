@@ -21,6 +21,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+/// What a second signal, which runs no destructors, must put in order.
+static LAST: Mutex<Option<fn()>> = Mutex::new(None);
 /// Process groups to kill on Ctrl-C.
 static GROUPS: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
 
@@ -46,6 +48,9 @@ pub fn handle_signals() -> Result<()> {
                 for _ in signals.forever() {
                     if INTERRUPTED.swap(true, Ordering::SeqCst) {
                         kill_all();
+                        if let Some(last) = *lock(&LAST) {
+                            last();
+                        }
                         std::process::exit(130);
                     }
                     kill_all();
@@ -55,6 +60,11 @@ pub fn handle_signals() -> Result<()> {
         Ok(())
     })?;
     Ok(())
+}
+
+/// Has `last` run before a second signal ends this process on the spot.
+pub fn before_sudden_exit(last: fn()) {
+    *lock(&LAST) = Some(last);
 }
 
 fn kill_all() {

@@ -84,9 +84,25 @@ fn an_old_qemu_is_named_with_its_version() {
 #[test]
 fn a_prebuilt_image_needs_no_build_tools() {
     let cache = dir();
-    let (_, report) = doctor_json(shakedown(cache.path()).env("SHAKEDOWN_IMAGE", "some.iso"));
+    let mut command = shakedown(cache.path());
+    let (_, report) = doctor_json(command.env("SHAKEDOWN_IMAGE", "some.iso").current_dir(cache.path()));
     let parts = report["checks"].as_array().expect("checks").iter().map(|check| &check["part"]);
     assert!(parts.into_iter().all(|part| part == "machines"), "{report}");
+}
+
+#[test]
+fn a_project_adds_its_tools() {
+    let (cache, project) = (dir(), dir());
+    let settings = "[package.metadata.shakedown.tools]\nsh = 'dash'\nno-such-tool = 'no-such-package'\n";
+    std::fs::write(project.path().join("Cargo.toml"), settings).expect("writes");
+    let (status, report) = doctor_json(shakedown(cache.path()).current_dir(project.path()));
+    assert_eq!(status, Some(1));
+    assert_eq!(
+        (&check(&report, "sh")["part"], &check(&report, "sh")["state"]),
+        (&"project".into(), &"ok".into())
+    );
+    let missing = check(&report, "no-such-tool");
+    assert_eq!((&missing["state"], &missing["packages"][0]), (&"missing".into(), &"no-such-package".into()));
 }
 
 #[test]

@@ -5,12 +5,15 @@ use proc_macro2::{Ident, Span, TokenStream};
 use syn::parse::{Parse, ParseStream, Parser};
 use syn::punctuated::Punctuated;
 use syn::spanned::Spanned;
-use syn::{Error, Expr, ExprLit, Lit, LitStr, Result, Token};
+use syn::{Error, Expr, ExprLit, Lit, LitStr, Result, Token, parse_quote};
 
 /// Keys that hold for every scenario.
 const GENERAL: [&str; 4] = ["markers", "ignore", "timeout", "name"];
 /// Keys that describe a machine.
-const MACHINE: [&str; 7] = ["image", "boot", "medium", "firmware", "disks", "memory", "cpus"];
+const MACHINE: [&str; 9] =
+    ["image", "boot", "medium", "firmware", "disks", "memory", "cpus", "hostname", FRESH_MACHINE_ID];
+/// The only key without a value.
+const FRESH_MACHINE_ID: &str = "fresh_machine_id";
 
 /// The arguments, checked. `None` is "not given".
 #[derive(Default)]
@@ -34,6 +37,8 @@ pub(crate) struct Machine {
     pub(crate) disks: Vec<Disk>,
     pub(crate) memory_mib: Option<u32>,
     pub(crate) cpus: Option<u32>,
+    pub(crate) hostname: Option<LitStr>,
+    pub(crate) fresh_machine_id: bool,
 }
 
 pub(crate) struct Disk {
@@ -50,6 +55,13 @@ struct Setting {
 impl Parse for Setting {
     fn parse(input: ParseStream<'_>) -> Result<Self> {
         let key: Ident = input.parse()?;
+        if key == FRESH_MACHINE_ID {
+            // Whoever reads it wants an expression as of any other key.
+            return match input.peek(Token![=]) {
+                true => Err(Error::new(key.span(), format!("`{key}` has no value: it stands alone"))),
+                false => Ok(Self { value: parse_quote!(true), key }),
+            };
+        }
         if !input.peek(Token![=]) {
             return Err(Error::new(key.span(), format!("`{key}` needs a value: `{key} = ...`")));
         }
@@ -101,6 +113,11 @@ impl Args {
             "disks" => machine.disks = list(&value, "disks")?.map(disk).collect::<Result<_>>()?,
             "memory" => machine.memory_mib = Some(literal(&value, "a size in quotes", mebibytes)?),
             "cpus" => machine.cpus = Some(cpus(&value)?),
+            "hostname" => {
+                literal(&value, "a name in quotes", value::hostname)?;
+                machine.hostname = Some(string(&value, "a name in quotes")?);
+            }
+            FRESH_MACHINE_ID => machine.fresh_machine_id = true,
             _ => {
                 let known = [&GENERAL[..], &MACHINE[..]].concat();
                 return Err(Error::new(key.span(), value::unknown("key", key, &known)));
@@ -237,7 +254,7 @@ mod tests {
         let args = parse(
             r#"markers = [vm, slow], disks = ["4G", nvme("1536M"),], firmware = Uefi, boot = cold,
                medium = cdrom, image = "debian", memory = "2G", cpus = 4, timeout = "3m",
-               ignore = "no lab", name = "blank disks""#,
+               ignore = "no lab", name = "blank disks", fresh_machine_id, hostname = "node-1""#,
         )
         .expect("parses");
         assert_eq!(args.markers, ["vm", "slow"]);
@@ -248,6 +265,8 @@ mod tests {
         assert_eq!(args.machine.boot.expect("given"), "Cold");
         assert_eq!(args.machine.memory_mib, Some(2048));
         assert_eq!(args.machine.cpus, Some(4));
+        assert_eq!(args.machine.hostname.expect("given").value(), "node-1");
+        assert!(args.machine.fresh_machine_id);
         assert_eq!(args.machine_key.expect("given"), "disks");
     }
 
@@ -271,6 +290,9 @@ mod tests {
             ("name = \"a\", name = \"b\"", "given twice"),
             ("ignore = \" \"", "this is empty"),
             ("ignore", "needs a value"),
+            ("fresh_machine_id = true", "stands alone"),
+            ("hostname = \"a.b\"", "`a.b` is not a hostname"),
+            ("hostname = node", "a name in quotes"),
         ] {
             let found = mistakes(text);
             assert_eq!(found.len(), 1, "{found:?}");

@@ -90,6 +90,8 @@ fn needs(machine: &Machine) -> TokenStream {
         .iter()
         .map(|Disk { bytes, bus }| quote!(#vm::DiskNeed { bytes: #bytes, bus: #vm::Bus::#bus }));
     let memory = machine.memory_mib.map_or_else(|| quote!(#vm::Needs::DEFAULT.memory_mib), literal);
+    let hostname = machine.hostname.as_ref().map_or_else(none, some);
+    let fresh_machine_id = machine.fresh_machine_id;
     let cpus = machine.cpus.map_or_else(|| quote!(#vm::Needs::DEFAULT.cpus), literal);
     quote! {
         #vm::Needs {
@@ -100,6 +102,8 @@ fn needs(machine: &Machine) -> TokenStream {
             disks: &[#(#disks),*],
             memory_mib: #memory,
             cpus: #cpus,
+            hostname: #hostname,
+            fresh_machine_id: #fresh_machine_id,
         }
     }
 }

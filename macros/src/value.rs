@@ -40,6 +40,19 @@ pub(crate) fn duration(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("`{text}` is more than 1000 hours"))
 }
 
+/// One label of RFC 1123, section 2.1.
+pub(crate) fn hostname(text: &str) -> Result<(), String> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    if (1..=63).contains(&text.len())
+        && text.chars().all(plain)
+        && !text.starts_with('-')
+        && !text.ends_with('-')
+    {
+        return Ok(());
+    }
+    Err(format!("`{text}` is not a hostname: write up to 63 letters, digits and inner hyphens"))
+}
+
 fn split(text: &str) -> (&str, &str) {
     text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()))
 }
@@ -93,6 +106,13 @@ mod tests {
             let message = duration(wrong).expect_err(wrong);
             assert!(message.contains(&format!("`{wrong}`")), "{message}");
         }
+    }
+
+    #[test]
+    fn hostnames_are_one_label() {
+        assert!(["a", "node-1", "N1"].iter().all(|name| hostname(name).is_ok()));
+        let long = "x".repeat(64);
+        assert!(["", "-a", "a-", "a.b", "a_b", "ä", &long].iter().all(|name| hostname(name).is_err()));
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod image;
 mod ledger;
 mod progress;
 mod project;
+mod raw;
 mod table;
 mod template;
 mod terminal;
@@ -19,6 +20,7 @@ mod vm;
 
 use clap::{Parser, Subcommand};
 use shakedown::deadline::Stop;
+use shakedown::harness::WrongSettings;
 use shakedown::record::environment;
 use shakedown::{host, process};
 use std::io;
@@ -130,7 +132,7 @@ fn status_of(error: &anyhow::Error, otherwise: u8) -> u8 {
         INTERRUPTED
     } else if error.chain().any(broken_pipe) {
         BROKEN_PIPE
-    } else if error.chain().any(|e| e.is::<host::setting::Invalid>()) {
+    } else if error.is::<WrongSettings>() || error.chain().any(|e| e.is::<host::setting::Invalid>()) {
         2
     } else {
         otherwise
@@ -143,6 +145,7 @@ mod tests {
     use anyhow::{Context, Result};
     use clap::CommandFactory;
     use shakedown::fault::Fault;
+    use shakedown::harness::Settings;
 
     #[test]
     fn the_command_line_is_sound() {
@@ -154,6 +157,7 @@ mod tests {
         let invalid = host::setting::Invalid { name: "X", value: "y".into(), wants: "z".into() };
         let status = |error: Result<()>| status_of(&error.expect_err("an error"), 1);
         assert_eq!(status(Err(invalid).context(Fault::host("reading settings"))), 2);
+        assert_eq!(status(Settings::parse("[package").map(drop).context("reading")), 2);
         assert_eq!(status(Err(Fault::host("no tool").into())), 1);
         assert_eq!(status(Err(Stop::Interrupted).context("waiting")), INTERRUPTED);
         let pipe = io::Error::from(io::ErrorKind::BrokenPipe);

@@ -15,7 +15,7 @@ use sha2::{Digest, Sha256};
 use std::fs::{DirBuilder, File, Metadata};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 const ALGORITHM: &str = "ssh-ed25519";
 const COMMENT: &str = "shakedown";
@@ -29,6 +29,8 @@ const MAGIC: &[u8] = b"openssh-key-v1\0";
 pub struct KeyPair {
     seed: [u8; 32],
     public: [u8; 32],
+    /// Where the private half is kept.
+    file: Option<PathBuf>,
 }
 
 impl KeyPair {
@@ -50,7 +52,7 @@ impl KeyPair {
             .with_context(|| Fault::host(format!("cannot inspect {}", dir.display())))?;
         check_private(dir, &meta, "700")?;
         let path = dir.join(FILE);
-        let pair = match Self::load(&path)? {
+        let mut pair = match Self::load(&path)? {
             Some(pair) => pair,
             None => Self::create(&path)?,
         };
@@ -59,6 +61,7 @@ impl KeyPair {
             // Only a convenience for people: the private file holds both halves.
             publish(&public, &pair.public_line(), false)?;
         }
+        pair.file = Some(path);
         Ok(pair)
     }
 
@@ -72,6 +75,7 @@ impl KeyPair {
             Ok(Self {
                 seed: key.raw_private_key()?.as_slice().try_into()?,
                 public: key.raw_public_key()?.as_slice().try_into()?,
+                file: None,
             })
         };
         make().context(Fault::host("cannot generate an ed25519 key"))
@@ -108,6 +112,11 @@ impl KeyPair {
         }
         // Another process was faster: its key is the one in use.
         Self::load(path)?.with_context(|| Fault::host(format!("{} vanished", path.display())))
+    }
+
+    /// The file of the private half, for other SSH clients; `None` for a pair that is in no file.
+    pub fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
     }
 
     /// The line for `authorized_keys`, with its newline.
@@ -156,7 +165,7 @@ impl KeyPair {
         let public: [u8; 32] = inner.string()?.try_into().ok()?;
         let seed: [u8; 32] = inner.string()?.get(..32)?.try_into().ok()?;
         let key = PKey::private_key_from_raw_bytes(&seed, Id::ED25519).ok()?;
-        (key.raw_public_key().ok()? == public).then_some(Self { seed, public })
+        (key.raw_public_key().ok()? == public).then_some(Self { seed, public, file: None })
     }
 
     fn public_blob(&self) -> Vec<u8> {
@@ -343,7 +352,7 @@ mod tests {
 
     #[test]
     fn the_debug_form_keeps_the_secret() {
-        let pair = KeyPair { seed: [7; 32], public: [1; 32] };
+        let pair = KeyPair { seed: [7; 32], public: [1; 32], file: None };
         let text = format!("{pair:?}");
         assert!(text.contains("SHA256:") && !text.contains("7, 7"), "{text}");
     }

@@ -75,6 +75,11 @@ impl Feed {
         self.changed.notify_all();
     }
 
+    /// True once no more text will come.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
     /// Wakes all readers although nothing changed.
     fn wake(&self) {
         let _guard = self.lock();

@@ -6,6 +6,7 @@
 //! QEMU: any connected UNIX socket with a terminal behind it will do.
 
 pub mod ansi;
+mod bridge;
 mod feed;
 mod frame;
 mod login;
@@ -14,6 +15,7 @@ mod shell;
 mod testing;
 mod transcript;
 
+pub use bridge::ESCAPE;
 pub use feed::WaitError;
 pub use login::{Escalate, LoginProfile};
 /// Patterns are matched against bytes, since a console is not always UTF-8.
@@ -24,6 +26,7 @@ use crate::deadline::{Deadline, Stop};
 use crate::fault::Fault;
 use crate::record::event::{Event, Events};
 use anyhow::{Context, Result};
+use bridge::Screen;
 use feed::Feed;
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -49,6 +52,7 @@ struct Line {
     stream: UnixStream,
     feed: Arc<Feed>,
     transcript: Mutex<Transcript>,
+    screen: Screen,
     events: Events,
 }
 
@@ -65,7 +69,7 @@ impl Console {
             .set_write_timeout(Some(Duration::from_millis(200)))
             .context(Fault::host("cannot set up the serial line"))?;
         let feed = Arc::new(Feed::default());
-        let line = Arc::new(Line { stream, feed, transcript, events });
+        let line = Arc::new(Line { stream, feed, transcript, screen: Screen::default(), events });
         let pump = Arc::clone(&line);
         std::thread::Builder::new()
             .name("console".into())
@@ -161,6 +165,7 @@ impl Line {
             };
             let bytes = &buffer[..count];
             let written = self.transcript().received(bytes);
+            self.screen.show(bytes);
             self.feed.append(|text| filter.feed(bytes, text));
             if std::mem::take(&mut first) {
                 self.events.emit(Event::FirstConsoleOutput);
@@ -214,7 +219,12 @@ impl Keyboard {
     fn send(&self, text: &str, secret: bool) -> Result<(), WaitError> {
         // The pump tells of a transcript that cannot be written.
         let _ = self.line.transcript().typed(text, secret);
-        let mut rest = text.as_bytes();
+        self.put(text.as_bytes())
+    }
+
+    /// Sends bytes that leave no trace in the evidence.
+    fn put(&self, bytes: &[u8]) -> Result<(), WaitError> {
+        let mut rest = bytes;
         while !rest.is_empty() {
             match (&self.line.stream).write(rest) {
                 Ok(count) => rest = &rest[count..],

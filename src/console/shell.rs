@@ -127,6 +127,10 @@ impl Shell {
         &self.nonce
     }
 
+    /// What, typed at this shell, ends it and leads back to the login shell behind it: the end of
+    /// its input.
+    pub(crate) const LEAVE: &str = "\x04";
+
     /// The numeric user id, where known.
     pub fn user_id(&self) -> Option<u32> {
         self.user_id

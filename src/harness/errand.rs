@@ -39,6 +39,7 @@ impl Errand {
         work: impl FnOnce(&mut Vm) -> Result<T>,
     ) -> Result<T> {
         let run = Arc::new(Run::new(environment, settings, watcher));
+        run.check([&self.needs])?;
         let stage = run.open_aside(self.name)?;
         let (phase, result) = self.perform(&stage, work);
         let closed = stage.close(&Verdict::of_result(phase, &result));
@@ -57,8 +58,12 @@ impl Errand {
             Ok(vm) => vm,
             Err(error) => return (Phase::Setup, Err(error)),
         };
-        let result = work(&mut vm);
-        stage.settle(vm, &Verdict::of_result(Phase::Body, &result));
+        let mut result = work(&mut vm);
+        let verdict = Verdict::of_result(Phase::Body, &result);
+        if let Some(death) = stage.death(&mut vm, &verdict) {
+            result = result.map_err(|error| error.context(death.to_string()));
+        }
+        stage.settle(vm, &verdict);
         (Phase::Body, result)
     }
 }

@@ -36,7 +36,7 @@ mod verdict;
 pub use errand::Errand;
 pub use marker::BUILT_IN as BUILT_IN_MARKERS;
 pub use scenario::{Body, IntoResult, SCENARIOS, Scenario, without_crate};
-pub use settings::Settings;
+pub use settings::{Settings, WrongSettings};
 
 use crate::fault::Fault;
 use crate::process;

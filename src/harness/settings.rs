@@ -18,7 +18,6 @@
 //! Owns which keys there are. What an image's table means is the image module's business.
 
 use super::marker::Known;
-use crate::fault::Fault;
 use crate::host::apt::is_package_name;
 use crate::nearest;
 use anyhow::{Context, Result, bail};
@@ -26,6 +25,11 @@ use std::collections::BTreeMap;
 use toml::{Table, Value};
 
 const KEYS: [&str; 5] = ["image", "ignore", "markers", "images", "tools"];
+
+/// What is wrong is in the chain below it.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the settings in [package.metadata.shakedown] of Cargo.toml are wrong")]
+pub struct WrongSettings;
 
 /// The settings of a project, checked.
 #[derive(Clone, Debug, Default)]
@@ -46,10 +50,9 @@ impl Settings {
     /// Reads the text of a `Cargo.toml`. One without our section has the default settings.
     ///
     /// # Errors
-    /// A host [`Fault`] that names the key, and the nearest right one for a typo.
+    /// [`WrongSettings`] on a cause that names the key, and the nearest right one for a typo.
     pub fn parse(manifest: &str) -> Result<Self> {
-        Self::read(manifest)
-            .context(Fault::host("the settings in [package.metadata.shakedown] of Cargo.toml are wrong"))
+        Self::read(manifest).context(WrongSettings)
     }
 
     fn read(manifest: &str) -> Result<Self> {

@@ -33,7 +33,7 @@ pub(super) fn execute(run: &Arc<Run>, scenario: &'static Scenario) -> (Verdict, 
     }
     let stage = match run.open(scenario) {
         Ok(stage) => Arc::new(stage),
-        Err(error) => return (Verdict::of(Phase::Setup, Ok(Err(error))), None),
+        Err(error) => return (unstarted(run, scenario, Verdict::of(Phase::Setup, Ok(Err(error)))), None),
     };
     let prepared = match &scenario.machine {
         Some(needs) => Verdict::of(Phase::Setup, panics::catch(|| stage.prepare(needs))),

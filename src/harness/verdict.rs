@@ -6,6 +6,7 @@ use crate::process;
 use crate::record::Outcome;
 use crate::vm::Death;
 use anyhow::{Error, Result};
+use std::io;
 
 /// An outcome and why. A passed scenario has no message.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -100,6 +101,13 @@ fn interrupted(error: &Error) -> bool {
     is(error.downcast_ref()) || error.chain().any(|cause| is(cause.downcast_ref()))
 }
 
+const FULL: &str = "Fix: free space on that file system (`shakedown image prune` helps where it is the cache's), or set \
+                    BOOT_IMAGE_VM_LOG_ROOT or SHAKEDOWN_CACHE to a place that has it";
+
+fn is_full(cause: &(dyn std::error::Error + 'static)) -> bool {
+    cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::StorageFull)
+}
+
 /// The chain of an error, outermost first, one link a line; the fixes at the end.
 pub(crate) fn explain(error: &Error) -> String {
     let mut links: Vec<String> = Vec::new();
@@ -115,6 +123,10 @@ pub(crate) fn explain(error: &Error) -> String {
         fixes.extend(fix.into_iter().map(str::to_owned));
     }
     let mut text = links.join("\ncaused by: ");
+    // It can meet any write, and the way out is always the same.
+    if fixes.is_empty() && error.chain().any(is_full) {
+        fixes.push(FULL.to_owned());
+    }
     for fix in fixes {
         text = format!("{text}\n{fix}");
     }

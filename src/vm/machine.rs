@@ -5,9 +5,11 @@
 
 use super::assemble::{self, HostParts, Plan};
 use super::diagnose;
+use super::identity;
 use super::needs::Needs;
 use super::qemu::{Qemu, Watch};
 use super::qmp::Qmp;
+use super::register::{Entry, Running};
 use super::screen;
 use super::spec::{MachineSpec, Memory};
 use super::template::{Checkpoint, Frozen, Template};
@@ -21,13 +23,17 @@ use crate::record::event::Event;
 use crate::record::{Evidence, Scratch, metadata};
 use anyhow::{Context, Result};
 use qapi::qmp;
+use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
+/// In the guest.
+const SSH_PORT: u16 = 22;
 /// QEMU must be up and have greeted us in this time; it needs a tenth of a second.
 const QEMU_START: Duration = Duration::from_secs(30);
 /// A clean power-off under emulation takes two to five seconds.
@@ -99,6 +105,7 @@ pub struct Vm {
     workspace: Workspace,
     /// By [`Vm::power_off`].
     powered_off: bool,
+    entry: Entry,
     /// What it continues from, which must stay while it runs.
     template: Option<Template>,
 }
@@ -125,7 +132,15 @@ impl Vm {
     /// collected before the error is returned.
     pub fn start(launch: Launch, deadline: &Deadline) -> Result<Self> {
         let workspace = Workspace::Scratch(Scratch::under(&launch.machines)?);
-        Self::start_in(launch, workspace, Memory::Own, deadline)
+        let identity = identity::script(&launch.needs);
+        let mut vm = Self::start_in(launch, workspace, Memory::Own, deadline)?;
+        match identity.map_or(Ok(()), |script| vm.tell(script, deadline)) {
+            Ok(()) => Ok(vm),
+            Err(error) => {
+                diagnose::collect(&mut vm, false);
+                Err(error)
+            }
+        }
     }
 
     pub(super) fn start_in(
@@ -152,8 +167,8 @@ impl Vm {
     /// Starts a machine that continues from `template`: in a fraction of a second, and with nothing
     /// that any other fork did.
     ///
-    /// Its clock is set and its random pool reseeded. MAC address, boot id and machine id are the
-    /// template's.
+    /// Its clock is set and its random pool reseeded. MAC address and boot id are the template's, and so
+    /// are hostname and machine id unless the scenario needs its own.
     ///
     /// # Errors
     /// A host [`Fault`] when QEMU does not take the state, a machine [`Fault`] when the guest does
@@ -262,14 +277,26 @@ impl Vm {
         // The guest's clock stands where the template was frozen.
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let set = format!("date -u -s @{}.{:09} >/dev/null", now.as_secs(), now.subsec_nanos());
-        if let Some(agent) = self.agent(deadline) {
+        let identity = identity::script(&self.launch.needs);
+        if identity.is_none()
+            && let Some(agent) = self.agent(deadline)
+        {
             agent.prelude(set);
             return Ok(());
         }
-        match self.ask(Cmd::new(set), deadline) {
+        self.tell(set + "\n" + &identity.unwrap_or_default(), deadline)
+    }
+
+    /// Runs a script of ours, which must not fail.
+    fn tell(&mut self, script: String, deadline: &Deadline) -> Result<()> {
+        match self.ask(Cmd::new(script), deadline) {
             Some(Ok(_)) => Ok(()),
-            Some(Err(error)) => Err(self.explain(error, "a fork does not answer")),
-            None => Err(Fault::host("a fork has neither agent nor shell").into()),
+            Some(Err(error)) => {
+                Err(self.explain(error, "the machine does not do what it is told at its start"))
+            }
+            None => Err(Fault::host("a machine without agent, SSH and login cannot be told anything")
+                .fix("do without `hostname` and `fresh_machine_id`")
+                .into()),
         }
     }
 
@@ -293,13 +320,17 @@ impl Vm {
         let start = deadline.within(QEMU_START, "QEMU's own start");
         let (mut qemu, channels) = Qemu::start(&spec, &logs.join("qemu.stderr"), &events)?;
         let console = Console::attach(channels.console, &logs, events)?;
-        let qmp = Qmp::open(channels.qmp, &start).map_err(|error| {
+        let greeted = Qmp::open(channels.qmp, &start)
+            .and_then(|mut qmp| qmp.forwarded_port(SSH_PORT, &start).map(|port| (qmp, port)));
+        let (qmp, port) = greeted.map_err(|error| {
             let fault = Fault::host(format!("{}\nCommand: {}", qemu.obituary(), spec.command_line()));
             anyhow::Error::new(error).context(fault)
         })?;
         launch.evidence.update(|metadata| {
             metadata.qemu.get_or_insert_default().version = Some(qmp.version().to_owned());
         })?;
+        let port = port.filter(|_| launch.image.key != KeyEntry::None);
+        let entry = Entry::new(&launch, qemu.id(), port)?;
         Ok(Self {
             ssh: None,
             shell: None,
@@ -312,6 +343,7 @@ impl Vm {
             deadline: deadline.clone(),
             workspace,
             powered_off: false,
+            entry,
             template,
         })
     }
@@ -344,7 +376,9 @@ impl Vm {
 
     /// Waits for SSH; meanwhile the moment of the login prompt is noted.
     fn connect(&mut self, deadline: &Deadline) -> Result<()> {
-        let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, self.ssh_port()?));
+        let port = self.entry.running.ssh.as_ref().map(|ssh| ssh.port);
+        let port = port.context(Fault::host("QEMU does not tell the SSH port"))?;
+        let addr = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
         let user = self.launch.image.ssh_user().to_owned();
         let watch = self.qemu.watch()?;
         let target = Target::new(addr, user, self.launch.key.clone()).until(move || watch.gone());
@@ -478,6 +512,29 @@ impl Vm {
         Ok(())
     }
 
+    /// Logs in on the serial console and tells it the size of a terminal, in rows and columns.
+    /// Does nothing where the image lets nobody in there.
+    ///
+    /// # Errors
+    /// A machine [`Fault`] when the login does not succeed.
+    pub fn fit_console(&mut self, rows: u16, columns: u16) -> Result<()> {
+        if self.launch.image.login.is_none() {
+            return Ok(());
+        }
+        let fit = format!("stty -F /dev/ttyS0 rows {rows} cols {columns}");
+        self.console()?.run(Cmd::new(fit).allow_failure()).map(drop)
+    }
+
+    /// Gives the serial console to a person, until they leave by Ctrl-] or the machine ends. Where
+    /// somebody is logged in, they get that login shell.
+    ///
+    /// # Errors
+    /// What [`Console::bridge`] gives.
+    pub fn interact(&mut self, keys: impl Read + AsFd, screen: impl Write + Send + 'static) -> Result<()> {
+        let begin = self.shell.take().map_or("", |_| Shell::LEAVE);
+        self.console.bridge(begin, keys, screen, &self.deadline)
+    }
+
     /// Waits for a pattern in what the serial console prints, control sequences taken out, and
     /// gives the text that matched.
     ///
@@ -597,6 +654,11 @@ impl Vm {
         &self.spec
     }
 
+    /// What others see of it, with the way in.
+    pub fn running(&self) -> &Running {
+        &self.entry.running
+    }
+
     /// The process id of QEMU.
     pub fn pid(&self) -> u32 {
         self.qemu.id()
@@ -621,15 +683,6 @@ impl Vm {
             template.learn(private);
         }
         diagnose::collect(&mut self, passed);
-    }
-
-    /// The port on this host that leads to the guest's SSH; the kernel chose it.
-    fn ssh_port(&mut self) -> Result<u16> {
-        let deadline = self.deadline.within(Duration::from_secs(10), "asking QEMU for the SSH port");
-        let table = self.qmp.monitor("info usernet", &deadline);
-        let table = table.map_err(|error| self.add_obituary(error.into()))?;
-        forwarded_port(&table)
-            .ok_or_else(|| Fault::host(format!("QEMU does not tell the SSH port:\n{table}")).into())
     }
 
     /// Turns the end of a wait into an error that says whose fault it is and what was last seen.
@@ -676,7 +729,9 @@ impl Vm {
         if let Some(ssh) = &mut self.ssh {
             return Some(ssh.run(cmd, deadline));
         }
-        if let Some(agent) = self.agent(&deadline.within(AGENT, "the guest agent's first answer")) {
+        // Where nobody can log in there is hardly an agent, and it had the whole scenario to start.
+        let patience = if self.launch.image.login.is_some() { AGENT } else { Duration::from_secs(1) };
+        if let Some(agent) = self.agent(&deadline.within(patience, "the guest agent's first answer")) {
             return Some(agent.run(cmd, deadline));
         }
         if self.shell.is_none()
@@ -764,31 +819,6 @@ fn note_prompt(
     }
 }
 
-/// Finds the forward to the guest's port 22 in the human monitor's `info usernet`.
-fn forwarded_port(table: &str) -> Option<u16> {
-    table.lines().find_map(|line| {
-        let words: Vec<_> = line.split_whitespace().collect();
-        match words[..] {
-            ["TCP[HOST_FORWARD]", _, "127.0.0.1", port, _, "22", ..] => port.parse().ok(),
-            _ => None,
-        }
-    })
-}
-
 fn indent(text: &str) -> String {
     text.lines().map(|line| format!("  | {line}")).collect::<Vec<_>>().join("\n")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_forwarded_port_is_found_in_qemus_table() {
-        let table = "Hub -1 (net0):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
-                     TCP[ESTABLISHED]   21       127.0.0.1 39123       10.0.2.15    22     0     0\r\n  \
-                     TCP[HOST_FORWARD]  17       127.0.0.1 39123       10.0.2.15    22     0     0\r\n";
-        assert_eq!(forwarded_port(table), Some(39123));
-        assert_eq!(forwarded_port("Hub -1 (net0):\r\n"), None);
-    }
 }

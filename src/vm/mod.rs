@@ -3,10 +3,12 @@
 pub mod accel;
 pub mod assemble;
 mod diagnose;
+mod identity;
 mod machine;
 pub mod needs;
 pub mod qemu;
 pub mod qmp;
+pub mod register;
 mod screen;
 pub mod spec;
 pub mod template;

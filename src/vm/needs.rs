@@ -19,6 +19,10 @@ pub struct Needs {
     pub memory_mib: u32,
     /// Virtual CPUs.
     pub cpus: u32,
+    /// The name that it gets instead of its image's, before the scenario begins; see [`is_hostname`].
+    pub hostname: Option<&'static str>,
+    /// It gets a machine id of its own (machine-id(5)) instead of its image's or its template's.
+    pub fresh_machine_id: bool,
 }
 
 /// How the machine gets to its running state.
@@ -94,5 +98,16 @@ impl Needs {
         disks: &[],
         memory_mib: 1024,
         cpus: 2,
+        hostname: None,
+        fresh_machine_id: false,
     };
+}
+
+/// Whether a machine can be called so: one label of RFC 1123, section 2.1.
+pub fn is_hostname(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || c == '-';
+    (1..=63).contains(&name.len())
+        && name.chars().all(plain)
+        && !name.starts_with('-')
+        && !name.ends_with('-')
 }

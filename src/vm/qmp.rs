@@ -137,6 +137,14 @@ impl Qmp {
         self.execute(&command, deadline)
     }
 
+    /// The port on this host that leads to port `guest` of the machine; the kernel chose it.
+    ///
+    /// # Errors
+    /// Any [`QmpError`].
+    pub fn forwarded_port(&mut self, guest: u16, deadline: &Deadline) -> Result<Option<u16>, QmpError> {
+        self.monitor("info usernet", deadline).map(|table| forwarded_port(&table, guest))
+    }
+
     /// Waits for an event by its name; one that came before counts, once.
     ///
     /// # Errors
@@ -194,6 +202,18 @@ fn protocol(command: &str, what: impl ToString) -> QmpError {
     QmpError::Protocol { command: command.to_owned(), what: what.to_string() }
 }
 
+/// Finds the forward to the guest's port in the human monitor's `info usernet`.
+fn forwarded_port(table: &str, guest: u16) -> Option<u16> {
+    let guest = guest.to_string();
+    table.lines().find_map(|line| {
+        let words: Vec<_> = line.split_whitespace().collect();
+        match words[..] {
+            ["TCP[HOST_FORWARD]", _, "127.0.0.1", port, _, to, ..] if to == guest => port.parse().ok(),
+            _ => None,
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -238,6 +258,15 @@ mod tests {
         assert_eq!(qmp.version(), "QEMU emulator version 7.2.22 (Debian)");
         assert_eq!(qmp.monitor("info name", &deadline()).expect("answers"), "hi\r\n");
         qmp.wait_event("RESUME", &deadline()).expect("was kept");
+    }
+
+    #[test]
+    fn the_forwarded_port_is_found_in_qemus_table() {
+        let table = "Hub -1 (net0):\r\n  Protocol[State]    FD  Source Address  Port   Dest. Address  Port RecvQ SendQ\r\n  \
+                     TCP[ESTABLISHED]   21       127.0.0.1 39123       10.0.2.15    22     0     0\r\n  \
+                     TCP[HOST_FORWARD]  17       127.0.0.1 39123       10.0.2.15    22     0     0\r\n";
+        assert_eq!(forwarded_port(table, 22), Some(39123));
+        assert_eq!(forwarded_port("Hub -1 (net0):\r\n", 22), None);
     }
 
     #[test]

@@ -3,11 +3,12 @@
 use crate::cli::progress::Progress;
 use crate::cli::project::Project;
 use crate::cli::value;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use shakedown::harness::Errand;
 use shakedown::image::{BUILT_IN, IMAGE_VARIABLE};
 use shakedown::record::event::Events;
+use shakedown::vm::needs::is_hostname;
 use shakedown::vm::{Boot, Bus, DiskNeed, Firmware, Needs, Vm};
 use std::path::Path;
 use std::time::Duration;
@@ -33,11 +34,22 @@ pub(super) struct Machine {
     /// Boot it, rather than forking one that has booted
     #[arg(long)]
     cold: bool,
+    /// Its name, instead of its image's
+    #[arg(long, value_name = "NAME", value_parser = hostname)]
+    hostname: Option<String>,
+    /// A machine id of its own, instead of its image's or its template's
+    #[arg(long)]
+    fresh_machine_id: bool,
 }
 
 fn firmware() -> impl TypedValueParser<Value = Firmware> {
     PossibleValuesParser::new(["bios", "uefi"])
         .map(|word| if word == "uefi" { Firmware::Uefi } else { Firmware::Bios })
+}
+
+fn hostname(name: &str) -> Result<String> {
+    ensure!(is_hostname(name), "write up to 63 letters, digits and inner hyphens");
+    Ok(name.to_owned())
 }
 
 impl Machine {
@@ -78,6 +90,8 @@ impl Machine {
             disks: self.disks.iter().map(disk).collect::<Vec<_>>().leak(),
             memory_mib: self.memory,
             cpus: self.cpus,
+            hostname: self.hostname.clone().map(|name| &*name.leak()),
+            fresh_machine_id: self.fresh_machine_id,
             ..Needs::DEFAULT
         }
     }

@@ -1,7 +1,9 @@
 //! `shakedown vm`: machines at hand, outside of scenarios.
 
+mod list;
 mod machine;
 mod run;
+mod shell;
 
 use super::Verdict;
 use anyhow::Result;
@@ -16,12 +18,18 @@ pub(super) struct Vm {
 #[derive(clap::Subcommand)]
 enum Action {
     Run(run::Run),
+    Shell(shell::Shell),
+    List(list::List),
+    Kill(list::Kill),
 }
 
 impl Vm {
     pub(super) fn run(self) -> Result<Verdict> {
         match self.action {
             Action::Run(run) => run.run(),
+            Action::Shell(shell) => shell.run(),
+            Action::List(list) => list.run(),
+            Action::Kill(kill) => kill.run(),
         }
     }
 
@@ -29,6 +37,7 @@ impl Vm {
     pub(super) fn error_status(&self) -> u8 {
         match self.action {
             Action::Run(_) => run::OWN_ERROR,
+            _ => 1,
         }
     }
 }
