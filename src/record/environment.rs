@@ -146,7 +146,10 @@ impl Environment {
 
 /// The table for `--help`: name, default and meaning of every variable.
 pub fn help() -> String {
-    VARIABLES.iter().map(|v| format!("{} [default: {}]\n    {}\n", v.name, v.default, v.meaning)).collect()
+    VARIABLES
+        .iter()
+        .map(|v| format!("  {} [default: {}]\n      {}\n", v.name, v.default, v.meaning))
+        .collect()
 }
 
 /// Our variables among `vars`, without the empty ones.

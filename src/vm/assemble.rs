@@ -1,8 +1,8 @@
 //! From what a scenario needs and what an image offers to a machine that can be started.
 //!
 //! Owns the files a machine writes to: blank disks, overlays, the UEFI variable store, the
-//! cloud-init seed. They live in the machine's own directory and die with it. [`plan`] decides and
-//! touches nothing; [`Plan::make`] makes the files.
+//! cloud-init seed. They live in the machine's own directory and die with it. `plan` decides and
+//! touches nothing; `Plan::make` makes the files.
 
 use super::accel;
 use super::needs::{Bus, Firmware, Medium, Needs};

@@ -678,7 +678,7 @@ impl Vm {
         &self.deadline
     }
 
-    /// Ends the machine from another thread, so that all waits on it end.
+    /// A handle with which another thread can end the machine, so that all waits on it end.
     ///
     /// # Errors
     /// When the descriptor cannot be duplicated.
