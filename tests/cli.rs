@@ -97,7 +97,10 @@ fn a_project_adds_its_tools() {
     std::fs::write(project.path().join("Cargo.toml"), settings).expect("writes");
     let (status, report) = doctor_json(shakedown(cache.path()).current_dir(project.path()));
     assert_eq!(status, Some(1));
-    assert_eq!((&check(&report, "sh")["part"], &check(&report, "sh")["state"]), (&"project".into(), &"ok".into()));
+    assert_eq!(
+        (&check(&report, "sh")["part"], &check(&report, "sh")["state"]),
+        (&"project".into(), &"ok".into())
+    );
     let missing = check(&report, "no-such-tool");
     assert_eq!((&missing["state"], &missing["packages"][0]), (&"missing".into(), &"no-such-package".into()));
 }
