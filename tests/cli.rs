@@ -160,7 +160,8 @@ fn help_names_the_environment() {
     let cache = dir();
     let output = shakedown(cache.path()).arg("--help").output().expect("runs");
     let text = String::from_utf8(output.stdout).expect("is text");
-    for name in ["SHAKEDOWN_CACHE", "BOOT_IMAGE_VM_LOGIN_TIMEOUT", "Exit status", "Examples"] {
+    let variables = shakedown::record::environment::VARIABLES.map(|variable| variable.name);
+    for name in variables.iter().chain(&["Exit status", "Examples"]) {
         assert!(text.contains(name), "{name} in {text}");
     }
 }

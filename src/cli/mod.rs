@@ -21,13 +21,14 @@ mod vm;
 use clap::{Parser, Subcommand};
 use shakedown::deadline::Stop;
 use shakedown::harness::WrongSettings;
+use shakedown::record::environment;
 use shakedown::{host, process};
 use std::io;
 use std::process::ExitCode;
 
 /// Tests machines the way `cargo test` tests code: boot an image, drive it, record what happened.
 #[derive(Parser)]
-#[command(version, after_help = EXAMPLES, after_long_help = MORE, max_term_width = 110)]
+#[command(version, after_help = EXAMPLES, after_long_help = more(), max_term_width = 110)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -52,26 +53,23 @@ Examples:
 
 `shakedown --help` lists the environment variables and exit statuses.";
 
-const MORE: &str = "\
+/// What `--help` has and `-h` has not.
+fn more() -> String {
+    format!(
+        "{EXAMPLES_OF_ALL}\n\nEnvironment variables:\n{}  NO_COLOR\n      anything: no colours\n\n{EXIT_STATUS}",
+        environment::help()
+    )
+}
+
+const EXAMPLES_OF_ALL: &str = "\
 Examples:
   shakedown demo                The main job, from a bare host to a scenario that ran
   shakedown doctor --install    What this host has and lacks, and installing that
   shakedown image list          The boot images in the store
   shakedown ledger check        Whether every line of the ledger is valid
-  shakedown bench boot --json   How fast machines boot here
+  shakedown bench boot --json   How fast machines boot here";
 
-Environment variables:
-  SHAKEDOWN_CACHE                Images, templates and cached answers [$XDG_CACHE_HOME/shakedown]
-  SHAKEDOWN_ACCEL                `tcg` or `kvm`, instead of a probe
-  SHAKEDOWN_IMAGE                A prebuilt image (ISO, raw, qcow2) instead of the `debian` recipe
-  SHAKEDOWN_MARKERS              Which scenarios run, such as `all(vm, not(slow))`
-  BOOT_IMAGE_VM_SPAWN_TIMEOUT    Seconds from QEMU's start to the first console output [900]
-  BOOT_IMAGE_VM_LOGIN_TIMEOUT    Seconds from there to the first command over SSH [300]
-  BOOT_IMAGE_VM_LOG_ROOT         Where run directories are made [notes]
-  BOOT_IMAGE_VM_LEDGER_PATH      The ledger [notes/vm-run-ledger.jsonl]
-  BOOT_IMAGE_VM_DISABLE_LEDGER   `1` writes no ledger
-  NO_COLOR                       Anything: no colours
-
+const EXIT_STATUS: &str = "\
 Exit status:
   0    all is well
   1    what was asked about is not, or an error

@@ -194,7 +194,7 @@ pub struct Timings {
     /// Making the image, or finding it in the store.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub build_seconds: Option<f64>,
-    /// From the start of QEMU to a root shell on the serial console.
+    /// From the start of QEMU to a login prompt, or a shell that asks for none, on the serial console.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub boot_to_login_seconds: Option<f64>,
     /// From the start of QEMU to the end of the first command over SSH.

@@ -155,6 +155,13 @@ impl MachineSpec {
         a.0
     }
 
+    /// The names of the drives' files that are overlays. Never asked of the files themselves: what is
+    /// in a raw disk is the guest's to write, a qcow2 header that names a file of the host included.
+    pub(super) fn overlays(&self) -> Vec<String> {
+        let overlays = self.drives.iter().filter(|drive| drive.format == DriveFormat::Qcow2);
+        overlays.filter_map(|drive| Some(drive.file.file_name()?.to_string_lossy().into_owned())).collect()
+    }
+
     /// The command line as one would type it.
     pub fn command_line(&self) -> String {
         let words: Vec<_> = self.argv().iter().map(|w| crate::process::quote(&w.to_string_lossy())).collect();
