@@ -2,7 +2,6 @@
 //! by halves, nothing is left running.
 
 use super::support::{Ended, Place, boot_sector, ended, finish, programs};
-use shakedown::connection::KeyPair;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -210,15 +209,10 @@ fn a_disk_that_fills_up_during_a_build_publishes_nothing() {
 
 #[test]
 fn a_disk_that_fills_up_under_a_machine_is_an_error_of_this_host() {
-    let place = Place::new();
-    let mut command = place.command("machines", &["--exact", "disk_is_filled"]);
-    // What is there already stays where it is; what the machine writes goes to the small disk.
-    let theirs = shakedown::host::cache_dir().expect("a cache");
-    KeyPair::load_or_create(&theirs.join("keys")).expect("the key of the templates");
-    command.env("THEIRS", theirs);
-    let link = "cp -a \"$THEIRS/keys\" \"$SMALL\"; for part in images apt templates; do \
-                mkdir -p \"$THEIRS/$part\"; ln -s \"$THEIRS/$part\" \"$SMALL\"; done; ";
-    let run = on_small_disk("64m", link, &place.path("cache"), &place.path("copy"), &command);
+    let place = Place::with_images();
+    let command = place.command("machines", &["--exact", "disk_is_filled"]);
+    let machines = shakedown::host::cache_dir().expect("a cache").join("machines");
+    let run = on_small_disk("64m", "", &machines, &place.path("copy"), &command);
     says(&run, 101, &["1 error", "a broken disk: write of drive", "No space left on device", "seen as: "]);
     place.is_deserted();
 }

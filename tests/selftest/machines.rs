@@ -47,7 +47,7 @@ fn body_panics(vm: &mut Vm) {
     assert!(vm.ended(), "the machine still runs");
 }
 
-#[scenario(markers = [broken], disks = ["1G"])]
+#[scenario(markers = [broken], disks = ["4G", "1536M", "1536M"])]
 fn disk_is_filled(vm: &mut Vm) -> Result<()> {
     vm.ssh()?.run("dd if=/dev/urandom of=/dev/vda bs=1M count=256 oflag=direct")?;
     Ok(())
