@@ -164,7 +164,7 @@ fn explain(error: anyhow::Error) -> anyhow::Error {
         (
             &["invalid idmap", "/etc/subuid", "newuidmap", "unshare() failed", "unshare mode"],
             "this user may not make user namespaces",
-            "install `uidmap`, give the user a range (`usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER` as root), or build as root",
+            "run `shakedown doctor`, which tells what forbids it, or build the image as root",
         ),
         (
             &["NO_PUBKEY", "not signed"],
