@@ -59,7 +59,8 @@ pub mod fault;
 pub mod harness;
 pub mod host;
 pub mod image;
-mod nearest;
+#[doc(hidden)] // for the command
+pub mod nearest;
 pub mod process;
 pub mod record;
 pub mod vm;

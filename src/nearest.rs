@@ -1,20 +1,20 @@
 //! The nearest right word for a typo. Every place that refuses an unknown name uses it.
 
 /// `known`, the nearest to `word` first.
-pub(crate) fn by_distance<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
+pub fn by_distance<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Vec<&'a str> {
     let mut known: Vec<_> = known.into_iter().map(|name| (similarity(word, name), name)).collect();
     known.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(b.1)));
     known.into_iter().map(|(_, name)| name).collect()
 }
 
 /// The one of `known` that `word` was probably meant to be.
-pub(crate) fn guess<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+pub fn guess<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let first = by_distance(word, known).into_iter().next()?;
     (similarity(word, first) > 0.75).then_some(first)
 }
 
 /// `; did you mean ...? Known are ...`, to be appended to what says that `word` is unknown.
-pub(crate) fn hint<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> String {
+pub fn hint<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> String {
     let known = by_distance(word, known);
     let list = known.join("`, `");
     match guess(word, known.iter().copied()) {

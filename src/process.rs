@@ -114,8 +114,16 @@ pub fn spawn(mut command: Command) -> Result<Child> {
     let mut groups = lock(&GROUPS);
     groups.push(pid);
     drop(groups);
-    let pidfd = pidfd_open(pid, PidfdFlags::empty())
-        .with_context(|| Fault::host(format!("cannot watch `{program}`")))?;
+    let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => pidfd,
+        Err(error) => {
+            let mut child = child;
+            let _ = kill_process_group(pid, Signal::KILL);
+            let _ = child.wait();
+            lock(&GROUPS).retain(|group| *group != pid);
+            return Err(error).with_context(|| Fault::host(format!("cannot watch `{program}`")));
+        }
+    };
     let child = Child { inner: child, pid, pidfd, status: None };
     if interrupted() {
         // The signal came between the start and the registration above.
@@ -203,7 +211,10 @@ impl Child {
     pub fn kill(&mut self) -> Option<ExitStatus> {
         if self.status.is_none() {
             // Before the reaping: an unreaped leader keeps the group's number from being reused.
+            let mut groups = lock(&GROUPS);
             let _ = kill_process_group(self.pid, Signal::KILL);
+            groups.retain(|group| *group != self.pid);
+            drop(groups);
             self.status = self.inner.wait().ok();
         }
         self.status
@@ -220,7 +231,6 @@ impl Child {
 impl Drop for Child {
     fn drop(&mut self) {
         self.kill();
-        lock(&GROUPS).retain(|group| *group != self.pid);
     }
 }
 

@@ -40,7 +40,7 @@ pub struct Agent {
     /// An answer may still come to a request that was given up.
     unsettled: bool,
     /// Runs in front of the next command.
-    prelude: Option<String>,
+    prelude: Option<fn() -> String>,
 }
 
 impl Agent {
@@ -56,10 +56,10 @@ impl Agent {
         Ok(agent)
     }
 
-    /// Has `script` run in front of the next command, in the same shell: starting one costs an
-    /// emulated guest a tenth of a second.
-    pub fn prelude(&mut self, script: impl Into<String>) {
-        self.prelude = Some(script.into());
+    /// Has what `script` gives then run in front of the next command, in the same shell: starting
+    /// one costs an emulated guest a tenth of a second.
+    pub fn prelude(&mut self, script: fn() -> String) {
+        self.prelude = Some(script);
     }
 
     /// True until the next command when there is something to run in front of it.
@@ -180,7 +180,7 @@ impl Connection for Agent {
             Failure::Refused(why) => broken("the agent refused to run a command", io::Error::other(why)),
         };
         let with_prelude = match self.prelude.take() {
-            Some(prelude) => format!("{prelude}\n{line}"),
+            Some(prelude) => format!("{{ {}; }} >/dev/null 2>&1\n{line}", prelude()),
             None => line.clone(),
         };
         let pid = self.start(&with_prelude, input, &deadline).map_err(|error| failure(error, &line))?;

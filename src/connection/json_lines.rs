@@ -8,6 +8,9 @@ use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
+/// The guest agent's longest answer is two streams of 16 MiB in base64.
+const LONGEST_LINE: usize = 64 << 20;
+
 /// A socket that speaks JSON lines.
 #[derive(Debug)]
 pub(crate) struct JsonLines {
@@ -64,6 +67,11 @@ impl JsonLines {
     pub(crate) fn receive(&mut self, deadline: &Deadline) -> Result<Value, LinesError> {
         let mut seen = 0;
         loop {
+            if self.received.len() > LONGEST_LINE {
+                return Err(io::Error::other("a line is longer than any answer").into());
+            }
+            // Also while there is something to read: a guest may never stop to talk.
+            deadline.check()?;
             if let Some(end) = self.received[seen..].iter().position(|b| *b == b'\n') {
                 let line: Vec<u8> = self.received.drain(..=seen + end).collect();
                 let fresh = line.iter().rposition(|b| *b == 0xff).map_or(0, |mark| mark + 1);

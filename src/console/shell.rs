@@ -127,9 +127,19 @@ impl Shell {
         &self.nonce
     }
 
-    /// What, typed at this shell, ends it and leads back to the login shell behind it: the end of
-    /// its input.
-    pub(crate) const LEAVE: &str = "\x04";
+    /// Ends this shell's agent: what to type for it, once it has said its last. Then the login shell
+    /// that was in front of it is at its prompt again.
+    pub(crate) fn leave(self) -> &'static str {
+        // Each answer comes twice, and nobody has waited for the second one.
+        let whole = |text: &[u8], _: &mut u64| {
+            let mut lines = text.strip_suffix(b"\n")?.rsplit(|&byte| byte == b'\n');
+            (lines.next() == lines.next()).then_some(())
+        };
+        let moment = Deadline::after(PATIENCE, "the rest of an answer");
+        let _ = self.line.feed.wait(&moment, &mut self.line.feed.end().saturating_sub(1024), whole);
+        // The end of its input.
+        "\x04"
+    }
 
     /// The numeric user id, where known.
     pub fn user_id(&self) -> Option<u32> {

@@ -22,6 +22,7 @@
 //! not begun is recorded as `interrupted`.
 
 mod command_line;
+mod debug;
 mod errand;
 mod marker;
 mod panics;
@@ -33,6 +34,7 @@ mod stage;
 mod trial;
 mod verdict;
 
+pub use debug::needs_terminal;
 pub use errand::Errand;
 pub use marker::BUILT_IN as BUILT_IN_MARKERS;
 pub use scenario::{Body, IntoResult, SCENARIOS, Scenario, without_crate};
@@ -44,6 +46,7 @@ use crate::record::event::Events;
 use crate::record::metadata::Timings;
 use crate::record::{Environment, Outcome};
 use anyhow::{Context, Result, bail};
+use debug::Debugger;
 use libtest_mimic::{Arguments, Completion, Trial};
 use marker::Selection;
 use stage::Run;
@@ -200,7 +203,9 @@ fn run(
         return Ok(libtest_mimic::run(&arguments, trials.collect()).exit_code());
     }
     process::handle_signals()?;
-    let run = Arc::new(Run::new(environment, settings, Events::to(progress::Lines::default())));
+    let debugger = Debugger::new(environment.debug)?;
+    let run = Run::new(environment, settings, Events::to(progress::Lines::default()));
+    let run = Arc::new(run.stopping(debugger));
     run.check(scenarios.iter().filter_map(|(scenario, _)| scenario.machine.as_ref()))?;
     let tally = Arc::new(Tally::default());
     let trials = scenarios

@@ -2,6 +2,7 @@
 //!
 //! Everything the harness needs of `record` and `vm` goes through here and nowhere else.
 
+use super::debug::Debugger;
 use super::scenario::Scenario;
 use super::settings::Settings;
 use super::slots::{self, Slot, Slots};
@@ -26,6 +27,8 @@ use std::time::Duration;
 const PREPARATION: Duration = Duration::from_secs(1800);
 /// A scenario may use more memory than those before it did.
 const FORK_MARGIN_MIB: u32 = 64;
+/// What diagnostics and power-off may take, which bound themselves, before the machine is killed.
+const SETTLING: Duration = Duration::from_secs(180);
 /// How long a machine may wait for others to end. Each of them has a deadline of its own, so this
 /// is reached only where something outside of us keeps slots.
 const SLOT_WAIT: Duration = Duration::from_secs(3600);
@@ -42,6 +45,7 @@ pub(super) struct Run {
     swept: OnceCell<()>,
     /// Shows progress to whoever started the run.
     watcher: Events,
+    debugger: Debugger,
 }
 
 /// What one execution of a scenario stands on.
@@ -50,7 +54,7 @@ pub(super) struct Stage {
     evidence: Evidence,
     events: Events,
     prepared: Mutex<Option<Prepared>>,
-    watch: Mutex<Option<Watch>>,
+    watch: Arc<Mutex<Option<Watch>>>,
 }
 
 /// What a machine is made of, at hand.
@@ -67,7 +71,12 @@ struct Prepared {
 impl Run {
     pub(super) fn new(environment: Environment, settings: Settings, watcher: Events) -> Self {
         let (record, images, swept) = (OnceCell::new(), OnceCell::new(), OnceCell::new());
-        Self { environment, settings, record, images, swept, watcher }
+        Self { environment, settings, record, images, swept, watcher, debugger: Debugger::off() }
+    }
+
+    /// The same, but it stops where `debugger` wants.
+    pub(super) fn stopping(self, debugger: Debugger) -> Self {
+        Self { debugger, ..self }
     }
 
     fn record(&self) -> Result<&record::Run> {
@@ -106,7 +115,7 @@ impl Run {
             events: evidence.events(),
             evidence,
             prepared: Mutex::new(None),
-            watch: Mutex::new(None),
+            watch: Arc::default(),
         }
     }
 
@@ -221,20 +230,21 @@ impl Stage {
             login_timeout: environment.login_timeout,
             evidence: self.evidence.clone(),
             machines: prepared.machines.clone(),
+            watch: Arc::clone(&self.watch),
         }
     }
 
     /// Boots or forks the machine.
     pub(super) fn boot(&self, needs: &Needs, deadline: &Deadline) -> Result<Vm> {
-        let prepared = lock(&self.prepared);
-        let prepared = prepared.as_ref().context(Fault::host("nothing is prepared"))?;
-        let launch = self.launch(prepared, needs);
-        let vm = match &prepared.template {
-            Some(template) => Vm::fork(launch, template.clone(), deadline)?,
-            None => Vm::start(launch, deadline)?,
+        let (launch, template) = {
+            let prepared = lock(&self.prepared);
+            let prepared = prepared.as_ref().context(Fault::host("nothing is prepared"))?;
+            (self.launch(prepared, needs), prepared.template.clone())
         };
-        *lock(&self.watch) = Some(vm.watch()?);
-        Ok(vm)
+        match template {
+            Some(template) => Vm::fork(launch, template, deadline),
+            None => Vm::start(launch, deadline),
+        }
     }
 
     /// Ends the machine at once, from another thread than the one that drives it, so that all its
@@ -249,6 +259,16 @@ impl Stage {
     /// How the machine died under its scenario, if it did.
     pub(super) fn death(&self, vm: &mut Vm, verdict: &Verdict) -> Option<Death> {
         vm.death(if verdict.outcome == Outcome::Passed { Duration::ZERO } else { LAST_MOMENTS })
+    }
+
+    /// Lets a person look into a failure, where they asked for it.
+    pub(super) fn debug(&self, vm: &mut Vm, verdict: &Verdict) {
+        self.run.debugger.stop_at(vm, verdict, self.evidence.directory());
+    }
+
+    /// How long the machine may take to be put away.
+    pub(super) fn settling(&self) -> Duration {
+        if self.run.environment.debug { Duration::MAX } else { SETTLING }
     }
 
     /// Collects diagnostics and destroys the machine.

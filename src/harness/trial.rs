@@ -22,8 +22,6 @@ use std::time::Duration;
 const POLL: Duration = Duration::from_millis(100);
 /// What a body gets to notice that its time is up; waits look every fifth of a second.
 const GRACE: Duration = Duration::from_secs(2);
-/// What diagnostics and power-off may take, which bound themselves, before the machine is killed.
-const SETTLING: Duration = Duration::from_secs(180);
 
 /// Runs a scenario to its outcome, and puts it on record. There is evidence unless it could not
 /// even be begun.
@@ -77,39 +75,54 @@ fn perform_watched(stage: &Arc<Stage>, scenario: &'static Scenario) -> Verdict {
     if let Err(error) = thread {
         return Verdict::new(Outcome::Error, format!("cannot start a thread: {error}"));
     }
-    let verdict = watch(&inbox, &deadline, &|| stage.kill_machine());
-    verdict.in_time(&deadline)
+    watch(&inbox, &deadline, stage.settling(), &|| stage.kill_machine())
 }
 
 /// The scenario itself, in its own thread. The verdict is sent before the machine is put away; the
 /// end of the channel says that it is.
 fn perform(stage: &Stage, scenario: &Scenario, deadline: &Deadline, verdicts: &mpsc::Sender<Verdict>) {
     // A receiver that is gone has left this thread behind and has its verdict.
-    let send = |verdict: &Verdict| drop(verdicts.send(verdict.clone()));
+    // What comes after the verdict, the evidence above all, is not the scenario's time.
+    let send = |verdict: Verdict| {
+        let verdict = verdict.in_time(deadline);
+        drop(verdicts.send(verdict.clone()));
+        verdict
+    };
     match (scenario.body, &scenario.machine) {
-        (Body::Plain(body), _) => send(&Verdict::of(Phase::Body, panics::catch(body))),
+        (Body::Plain(body), _) => drop(send(Verdict::of(Phase::Body, panics::catch(body)))),
         (Body::Vm(body), Some(needs)) => {
             let mut vm = match panics::catch(|| stage.boot(needs, deadline)) {
                 Ok(Ok(vm)) => vm,
-                failed => return send(&Verdict::of(Phase::Setup, failed.map(|result| result.map(drop)))),
+                failed => {
+                    return drop(send(Verdict::of(Phase::Setup, failed.map(|result| result.map(drop)))));
+                }
             };
             let mut verdict = Verdict::of(Phase::Body, panics::catch(|| body(&mut vm)));
             if let Some(death) = stage.death(&mut vm, &verdict) {
                 verdict = verdict.after(&death);
             }
-            send(&verdict);
+            // From here on the scenario's deadline does not count.
+            let verdict = send(verdict);
+            stage.debug(&mut vm, &verdict);
             stage.settle(vm, &verdict);
         }
-        (Body::Vm(_), None) => send(&Verdict::new(Outcome::Error, "the scenario declares no machine")),
+        (Body::Vm(_), None) => {
+            drop(send(Verdict::new(Outcome::Error, "the scenario declares no machine")));
+        }
     }
 }
 
 /// Waits for the verdict, then for the end of the thread, and never much longer than it should.
-fn watch(inbox: &Receiver<Verdict>, deadline: &Deadline, kill_machine: &dyn Fn()) -> Verdict {
+fn watch(
+    inbox: &Receiver<Verdict>,
+    deadline: &Deadline,
+    settling: Duration,
+    kill_machine: &dyn Fn(),
+) -> Verdict {
     let lost = || Verdict::new(Outcome::Error, "the scenario's thread ended without a verdict");
     let stop = loop {
         match inbox.recv_timeout(deadline.slice(POLL)) {
-            Ok(verdict) => return settled(inbox, verdict, kill_machine),
+            Ok(verdict) => return settled(inbox, verdict, settling, kill_machine),
             Err(RecvTimeoutError::Disconnected) => return lost(),
             Err(RecvTimeoutError::Timeout) => {}
         }
@@ -118,14 +131,14 @@ fn watch(inbox: &Receiver<Verdict>, deadline: &Deadline, kill_machine: &dyn Fn()
         }
     };
     match inbox.recv_timeout(GRACE) {
-        Ok(verdict) => return settled(inbox, verdict, kill_machine),
+        Ok(verdict) => return settled(inbox, verdict, settling, kill_machine),
         Err(RecvTimeoutError::Disconnected) => return lost(),
         Err(RecvTimeoutError::Timeout) => kill_machine(),
     }
     let end = match inbox.recv_timeout(GRACE) {
         // What it says now is about the machine that was taken from it.
         Ok(last) => {
-            settled(inbox, last.clone(), kill_machine);
+            settled(inbox, last.clone(), settling, kill_machine);
             format!("ended when its machine was killed: {}", last.message)
         }
         Err(RecvTimeoutError::Disconnected) => return lost(),
@@ -137,9 +150,14 @@ fn watch(inbox: &Receiver<Verdict>, deadline: &Deadline, kill_machine: &dyn Fn()
     verdict
 }
 
-fn settled(inbox: &Receiver<Verdict>, verdict: Verdict, kill_machine: &dyn Fn()) -> Verdict {
+fn settled(
+    inbox: &Receiver<Verdict>,
+    verdict: Verdict,
+    settling: Duration,
+    kill_machine: &dyn Fn(),
+) -> Verdict {
     // Nothing more is ever sent: this ends when the thread does.
-    if inbox.recv_timeout(SETTLING) == Err(RecvTimeoutError::Timeout) {
+    if inbox.recv_timeout(settling) == Err(RecvTimeoutError::Timeout) {
         kill_machine();
     }
     verdict
@@ -149,6 +167,8 @@ fn settled(inbox: &Receiver<Verdict>, verdict: Verdict, kill_machine: &dyn Fn())
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
+
+    const SETTLING: Duration = Duration::from_secs(60);
 
     fn passed() -> Verdict {
         Verdict::new(Outcome::Passed, "")
@@ -160,7 +180,7 @@ mod tests {
         verdicts.send(passed()).expect("open");
         drop(verdicts);
         let ample = Deadline::after(Duration::from_secs(60), "scenario timeout");
-        let verdict = watch(&inbox, &ample, &|| panic!("nothing to kill"));
+        let verdict = watch(&inbox, &ample, SETTLING, &|| panic!("nothing to kill"));
         assert_eq!(verdict, passed());
     }
 
@@ -169,7 +189,7 @@ mod tests {
         let (verdicts, inbox) = mpsc::channel();
         let kills = AtomicUsize::new(0);
         let over = Deadline::after(Duration::ZERO, "scenario timeout");
-        let verdict = watch(&inbox, &over, &|| {
+        let verdict = watch(&inbox, &over, SETTLING, &|| {
             kills.fetch_add(1, Ordering::SeqCst);
         });
         assert_eq!(verdict.outcome, Outcome::Failed);
@@ -183,7 +203,7 @@ mod tests {
         let (verdicts, inbox) = mpsc::channel();
         let verdicts = std::sync::Mutex::new(Some(verdicts));
         let over = Deadline::after(Duration::ZERO, "scenario timeout");
-        let verdict = watch(&inbox, &over, &|| {
+        let verdict = watch(&inbox, &over, SETTLING, &|| {
             let sender = verdicts.lock().expect("not poisoned").take();
             if let Some(sender) = sender {
                 sender.send(Verdict::new(Outcome::Error, "QEMU ended")).expect("open");

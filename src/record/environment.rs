@@ -47,13 +47,20 @@ const LOG_ROOT: Variable = Variable {
     meaning: "where run directories are made; a relative path starts at the project's directory",
 };
 
+const DEBUG: Variable = Variable {
+    name: "SHAKEDOWN_DEBUG",
+    default: "0",
+    meaning: "1, true or yes: stop at the first failure, with the machine alive; needs a terminal",
+};
+
 /// All variables there are. Any other name that starts with one of [`PREFIXES`] is an error.
-pub const VARIABLES: [Variable; 10] = [
+pub const VARIABLES: [Variable; 11] = [
     SPAWN_TIMEOUT,
     LOGIN_TIMEOUT,
     LEDGER_PATH,
     DISABLE_LEDGER,
     LOG_ROOT,
+    DEBUG,
     Variable {
         name: "SHAKEDOWN_ACCEL",
         default: "probed",
@@ -97,6 +104,8 @@ pub struct Environment {
     pub log_root: PathBuf,
     /// The ledger; `None` when it is turned off.
     pub ledger: Option<PathBuf>,
+    /// Stop at the first failure.
+    pub debug: bool,
     /// The variables in force, as they were given.
     pub overrides: BTreeMap<String, String>,
 }
@@ -128,6 +137,7 @@ impl Environment {
             login_timeout: seconds(LOGIN_TIMEOUT, get(LOGIN_TIMEOUT))?,
             log_root: project.join(get(LOG_ROOT)),
             ledger: (!disabled).then(|| project.join(get(LEDGER_PATH))),
+            debug: switch(DEBUG, get(DEBUG))?,
             project: project.to_owned(),
             overrides,
         })

@@ -6,7 +6,7 @@
 use super::event::{Event, Events, Observer};
 use super::ledger::{self, Record};
 use super::metadata::{
-    Diagnostic, Diagnostics, Logs, Metadata, Outcome, Qemu, SESSION_CEILING_SECONDS, Utc, millis,
+    BootKind, Diagnostic, Diagnostics, Logs, Metadata, Outcome, Qemu, SESSION_CEILING_SECONDS, Utc, millis,
 };
 use super::sweep::Marker;
 use super::{Run, files};
@@ -281,6 +281,8 @@ impl Observer for Evidence {
                 metadata.qemu.get_or_insert_with(Qemu::default).command.clone_from(command);
             }
             // A machine that is booted again keeps the times of its first boot.
+            // A fork was not booted, and connects when its scenario first asks.
+            Event::LoginSeen | Event::SshReady if metadata.boot == BootKind::Fork => return,
             Event::LoginSeen => timings.boot_to_login_seconds = timings.boot_to_login_seconds.or(booted),
             Event::SshReady => timings.boot_to_ssh_seconds = timings.boot_to_ssh_seconds.or(booted),
             _ => return,

@@ -14,7 +14,6 @@ use crate::image::{Image, ImageFormat, KeyEntry, prebuilt};
 use crate::process;
 use anyhow::{Context, Result};
 use std::fs::File;
-use std::io::Read;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -223,13 +222,14 @@ impl Plan {
     }
 
     /// Makes the files in `dir` as a machine left them in `origin`: what it wrote stays below, and
-    /// cannot be changed from here.
+    /// cannot be changed from here. `overlays` names those of them that are overlays.
     ///
     /// # Errors
     /// A host [`Fault`] that names the file.
     pub(crate) fn make_from(
         &mut self,
         origin: &Path,
+        overlays: &[String],
         dir: &Path,
         host: &HostParts,
         deadline: &Deadline,
@@ -241,8 +241,8 @@ impl Plan {
                     blank(&path, *bytes)?;
                     continue;
                 }
-                // In a fork a disk that had been written to is an overlay already.
-                Content::Blank(_) | Content::Overlay(..) => format_of(&left)?,
+                Content::Blank(_) | Content::Overlay(..) if overlays.contains(name) => DriveFormat::Qcow2,
+                Content::Blank(_) | Content::Overlay(..) => DriveFormat::Raw,
                 Content::Copy(_) | Content::Seed(_) => {
                     copy(&left, &path)?;
                     continue;
@@ -256,14 +256,6 @@ impl Plan {
         }
         Ok(())
     }
-}
-
-/// An overlay or plain bytes, by the magic number of qcow2.
-pub(super) fn format_of(file: &Path) -> Result<DriveFormat> {
-    let mut magic = [0; 4];
-    let read = File::open(file).and_then(|mut file| file.read_exact(&mut magic));
-    read.with_context(|| Fault::host(format!("cannot read {}", file.display())))?;
-    Ok(if &magic == b"QFI\xfb" { DriveFormat::Qcow2 } else { DriveFormat::Raw })
 }
 
 /// A sparse file to which nothing was ever written: a new one is the same, and cheaper than an overlay.

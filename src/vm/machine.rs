@@ -11,7 +11,7 @@ use super::qemu::{Qemu, Watch};
 use super::qmp::Qmp;
 use super::register::{Entry, Running};
 use super::screen;
-use super::spec::{MachineSpec, Memory};
+use super::spec::{DriveFormat, MachineSpec, Memory};
 use super::template::{Checkpoint, Frozen, Template};
 use crate::connection::ssh::Target;
 use crate::connection::{Agent, Cmd, Connection, ConnectionError, KeyPair, Output, Session, Ssh};
@@ -30,6 +30,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 /// In the guest.
@@ -70,6 +71,8 @@ pub struct Launch {
     pub evidence: Evidence,
     /// Below this directory the machine has one for its own files, while it runs.
     pub machines: PathBuf,
+    /// Receives the watch on the machine as soon as QEMU runs, so that its boot can be ended too.
+    pub watch: Arc<Mutex<Option<Watch>>>,
 }
 
 /// Where a machine's own files are.
@@ -177,7 +180,7 @@ impl Vm {
         let begun = Instant::now();
         let workspace = Workspace::Scratch(Scratch::under(&launch.machines)?);
         let mut plan = launch.plan(workspace.path())?;
-        plan.make_from(&template.dir, workspace.path(), &launch.host, deadline)?;
+        plan.make_from(&template.dir, &template.frozen.overlays, workspace.path(), &launch.host, deadline)?;
         plan.spec.memory = template.memory();
         plan.spec.incoming = true;
         let mut vm = Self::run(launch, plan.spec, workspace, Some(template.clone()), deadline)?;
@@ -203,8 +206,10 @@ impl Vm {
         let workspace = Workspace::Template(template.dir.clone());
         let mut spec = launch.plan(workspace.path())?.spec;
         for drive in &mut spec.drives {
-            // Loading writes nothing, and forks are made from these files.
-            drive.format = assemble::format_of(&drive.file)?;
+            let name = drive.file.file_name().unwrap_or_default().to_string_lossy();
+            if template.frozen.overlays.iter().any(|overlay| *overlay == name) {
+                drive.format = DriveFormat::Qcow2;
+            }
         }
         spec.memory = memory;
         spec.incoming = true;
@@ -226,7 +231,9 @@ impl Vm {
             Some(template) => template.frozen.clone(),
             None => Frozen::of(&self.launch),
         };
+        self.finish_thaw()?;
         self.choose_channel(&mut frozen, &deadline)?;
+        frozen.overlays = self.spec.overlays();
         self.qmp.execute(&qmp::stop {}, &deadline).context(Fault::host("QEMU cannot stop the machine"))?;
         let parent = self.template.clone();
         let template = Template::of_running(
@@ -237,8 +244,9 @@ impl Vm {
             parent,
             &deadline,
         );
+        let template = template?;
         self.qmp.execute(&qmp::cont {}, &deadline).context(Fault::host("QEMU cannot go on"))?;
-        Ok(Checkpoint::new(name, template?, self.launch.clone(), self.deadline.clone()))
+        Ok(Checkpoint::new(name, template, self.launch.clone(), self.deadline.clone()))
     }
 
     /// Where this fork continues from, to make more machines like it: each is as this one was when
@@ -275,16 +283,14 @@ impl Vm {
             self.shell = Some(shell.map_err(|error| self.add_obituary(error))?);
         }
         // The guest's clock stands where the template was frozen.
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        let set = format!("date -u -s @{}.{:09} >/dev/null", now.as_secs(), now.subsec_nanos());
         let identity = identity::script(&self.launch.needs);
         if identity.is_none()
             && let Some(agent) = self.agent(deadline)
         {
-            agent.prelude(set);
+            agent.prelude(set_clock);
             return Ok(());
         }
-        self.tell(set + "\n" + &identity.unwrap_or_default(), deadline)
+        self.tell(set_clock() + "\n" + &identity.unwrap_or_default(), deadline)
     }
 
     /// Runs a script of ours, which must not fail.
@@ -319,6 +325,7 @@ impl Vm {
         let logs = launch.evidence.logs();
         let start = deadline.within(QEMU_START, "QEMU's own start");
         let (mut qemu, channels) = Qemu::start(&spec, &logs.join("qemu.stderr"), &events)?;
+        *launch.watch.lock().unwrap_or_else(PoisonError::into_inner) = Some(qemu.watch()?);
         let console = Console::attach(channels.console, &logs, events)?;
         let greeted = Qmp::open(channels.qmp, &start)
             .and_then(|mut qmp| qmp.forwarded_port(SSH_PORT, &start).map(|port| (qmp, port)));
@@ -457,9 +464,11 @@ impl Vm {
     /// Waits until the guest has come to rest, and finds the channel that its forks will use.
     pub(super) fn settle(&mut self, frozen: &mut Frozen, deadline: &Deadline) -> Result<()> {
         let started = "command -v systemctl >/dev/null || exit 0; systemctl is-system-running --wait";
-        let state = self.ssh()?.run(Cmd::new(started).allow_failure())?;
-        if !state.success() {
-            self.note(format!("the template's system is {}", state.trimmed()));
+        let patience = deadline.remaining() / 2;
+        match self.ssh()?.run(Cmd::new(started).allow_failure().timeout(patience)) {
+            Ok(state) if state.success() => {}
+            Ok(state) => self.note(format!("the template's system is {}", state.trimmed())),
+            Err(error) => self.note(format!("the template's units are not all started: {error:#}")),
         }
         self.choose_channel(frozen, deadline)?;
         // What every fork will do first, so that it finds its pages warm.
@@ -531,7 +540,7 @@ impl Vm {
     /// # Errors
     /// What [`Console::bridge`] gives.
     pub fn interact(&mut self, keys: impl Read + AsFd, screen: impl Write + Send + 'static) -> Result<()> {
-        let begin = self.shell.take().map_or("", |_| Shell::LEAVE);
+        let begin = self.shell.take().map_or("", Shell::leave);
         self.console.bridge(begin, keys, screen, &self.deadline)
     }
 
@@ -711,12 +720,23 @@ impl Vm {
     /// How it died; `None` while it lives, and when it was asked to power off. Waits for `patience`,
     /// since a connection breaks some moments before the end of QEMU can be seen.
     pub(crate) fn death(&mut self, patience: Duration) -> Option<Death> {
-        let status = self.qemu.wait(&Deadline::after(patience, "QEMU's last moments")).ok()?;
+        let patience = Deadline::after(patience, "QEMU's last moments");
+        let Ok(status) = self.qemu.wait(&patience) else { return self.disk_full() };
         match status.success() {
             true if self.powered_off => None,
             true => Some(Death::PoweredOff),
             false => Some(Death::Broke(self.qemu.obituary())),
         }
+    }
+
+    /// A machine that lives, and whose disks this host could not keep up with.
+    fn disk_full(&mut self) -> Option<Death> {
+        let deadline = Deadline::after(LAST_MOMENTS, "asking QEMU for disk errors");
+        let error = self.qmp.disk_error(&deadline).ok()??.to_owned();
+        let place = self.workspace.path().display();
+        Some(Death::Broke(format!(
+            "QEMU had an error with a file in {place}, which the guest saw as a broken disk: {error}"
+        )))
     }
 
     /// The channel for questions about the machine's state: SSH where it is there, else the agent,
@@ -768,7 +788,7 @@ impl Vm {
 pub(crate) enum Death {
     /// The guest powered it off, or restarted it: machines do not come back.
     PoweredOff,
-    /// QEMU crashed or was killed: how, and its last words.
+    /// QEMU crashed or was killed, or could not write to the machine's disks: how, and its last words.
     Broke(String),
 }
 
@@ -790,12 +810,22 @@ impl Stopped {
     pub(super) fn qmp(&mut self) -> &mut Qmp {
         &mut self.vm.qmp
     }
+
+    pub(super) fn overlays(&self) -> Vec<String> {
+        self.vm.spec.overlays()
+    }
 }
 
 impl Launch {
     pub(super) fn plan(&self, dir: &Path) -> Result<Plan> {
         assemble::plan(&self.name, &self.needs, &self.image, &self.host, &self.key.public_line(), dir)
     }
+}
+
+/// The command that sets a guest's clock to this host's, as it is now.
+fn set_clock() -> String {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    format!("date -u -s @{}.{:09} >/dev/null", now.as_secs(), now.subsec_nanos())
 }
 
 /// Tells the moment of the login prompt without typing anything.

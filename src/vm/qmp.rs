@@ -17,6 +17,7 @@ use std::os::unix::net::UnixStream;
 pub struct Qmp {
     lines: JsonLines,
     events: Vec<String>,
+    disk_error: Option<String>,
     next_id: u64,
     version: String,
 }
@@ -74,6 +75,8 @@ enum Message {
     },
     Event {
         event: String,
+        #[serde(default)]
+        data: Value,
     },
 }
 
@@ -94,7 +97,8 @@ impl Qmp {
     /// [`QmpError::Closed`] when QEMU ended first: its standard error says why.
     pub fn open(stream: UnixStream, deadline: &Deadline) -> Result<Self, QmpError> {
         let lines = JsonLines::new(stream)?;
-        let mut qmp = Self { lines, events: Vec::new(), next_id: 1, version: String::new() };
+        let mut qmp =
+            Self { lines, events: Vec::new(), disk_error: None, next_id: 1, version: String::new() };
         loop {
             match qmp.message("greeting", deadline)? {
                 Message::Greeting { greeting: Greeting { version } } => {
@@ -105,7 +109,7 @@ impl Qmp {
                     );
                     break;
                 }
-                Message::Event { event } => qmp.events.push(event),
+                Message::Event { event, data } => qmp.note(event, &data),
                 Message::Answer { .. } => {}
             }
         }
@@ -155,10 +159,30 @@ impl Qmp {
                 self.events.remove(index);
                 return Ok(());
             }
-            if let Message::Event { event } = self.message(name, deadline)? {
-                self.events.push(event);
+            if let Message::Event { event, data } = self.message(name, deadline)? {
+                self.note(event, &data);
             }
         }
+    }
+
+    /// The first error that QEMU had with a file of the machine's disks, in its words: the guest saw
+    /// a broken disk where this host's is full.
+    ///
+    /// # Errors
+    /// Any [`QmpError`].
+    pub fn disk_error(&mut self, deadline: &Deadline) -> Result<Option<&str>, QmpError> {
+        // Events come before the answer to what is asked after them.
+        self.execute(&qmp::query_status {}, deadline)?;
+        Ok(self.disk_error.as_deref())
+    }
+
+    fn note(&mut self, event: String, data: &Value) {
+        if event == "BLOCK_IO_ERROR" && self.disk_error.is_none() {
+            let field = |name: &str| data[name].as_str().unwrap_or("?");
+            self.disk_error =
+                Some(format!("{} of {}: {}", field("operation"), field("node-name"), field("reason")));
+        }
+        self.events.push(event);
     }
 
     fn call(&mut self, name: &str, arguments: Value, deadline: &Deadline) -> Result<Value, QmpError> {
@@ -168,7 +192,7 @@ impl Qmp {
         self.lines.send(&request, deadline).map_err(|error| broken(name, error))?;
         loop {
             match self.message(name, deadline)? {
-                Message::Event { event } => self.events.push(event),
+                Message::Event { event, data } => self.note(event, &data),
                 // An answer to a command that was given up on earlier is not ours.
                 Message::Answer { id: of, result, error } if of == id => {
                     return match (result, error) {

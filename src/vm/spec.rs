@@ -155,6 +155,13 @@ impl MachineSpec {
         a.0
     }
 
+    /// The names of the drives' files that are overlays. Never asked of the files themselves: what is
+    /// in a raw disk is the guest's to write, a qcow2 header that names a file of the host included.
+    pub(super) fn overlays(&self) -> Vec<String> {
+        let overlays = self.drives.iter().filter(|drive| drive.format == DriveFormat::Qcow2);
+        overlays.filter_map(|drive| Some(drive.file.file_name()?.to_string_lossy().into_owned())).collect()
+    }
+
     /// The command line as one would type it.
     pub fn command_line(&self) -> String {
         let words: Vec<_> = self.argv().iter().map(|w| crate::process::quote(&w.to_string_lossy())).collect();
@@ -232,10 +239,12 @@ impl Drive {
             *ahci_port += 1;
             device
         };
+        // By default a machine stops without a word when the host's disk is full.
+        let report = "werror=report";
         let device = match self.attach {
             Attach::Cdrom => ahci("ide-cd"),
-            Attach::Disk(Bus::Ahci) => ahci("ide-hd"),
-            Attach::Disk(Bus::Virtio) => "virtio-blk-pci".to_owned(),
+            Attach::Disk(Bus::Ahci) => format!("{},{report}", ahci("ide-hd")),
+            Attach::Disk(Bus::Virtio) => format!("virtio-blk-pci,{report}"),
             Attach::Disk(Bus::Nvme) => "nvme".to_owned(),
         };
         a.opt("-device", format!("{device},drive={node},serial={serial}{boot}"));

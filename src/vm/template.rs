@@ -57,6 +57,8 @@ pub struct Frozen {
     pub agent: bool,
     /// A shell that is logged in on the serial console, where there is no agent.
     pub shell: Option<String>,
+    /// The names of the drives' files that are overlays; the others are raw.
+    pub overlays: Vec<String>,
 }
 
 impl Frozen {
@@ -71,6 +73,7 @@ impl Frozen {
             copied: false,
             agent: false,
             shell: None,
+            overlays: Vec::new(),
         }
     }
 }
@@ -215,7 +218,11 @@ impl Checkpoint {
     pub fn fork(&self) -> Result<Vm> {
         let number = self.forks.fetch_add(1, Ordering::Relaxed) + 1;
         let evidence = self.launch.evidence.child(&format!("{}-{number}", self.name))?;
-        Vm::fork(Launch { evidence, ..self.launch.clone() }, self.template.clone(), &self.deadline)
+        Vm::fork(
+            Launch { evidence, watch: Arc::default(), ..self.launch.clone() },
+            self.template.clone(),
+            &self.deadline,
+        )
     }
 }
 
@@ -250,7 +257,7 @@ impl Template {
     /// Turns a state with all the memory in it into one beside the memory.
     fn spread(&mut self, launch: &Launch, deadline: &Deadline) -> Result<()> {
         let evidence = launch.evidence.child("checkpoint")?;
-        let launch = Launch { evidence, ..launch.clone() };
+        let launch = Launch { evidence, watch: Arc::default(), ..launch.clone() };
         let memory = Memory::Shared(self.dir.join(RAM));
         let mut stopped = Vm::load(launch, self, memory, deadline)?;
         let state = self.dir.join("state-beside");
@@ -269,8 +276,10 @@ fn key(launch: &Launch) -> Result<String> {
     let qemu = host.qemu.metadata().context(Fault::host("cannot look at QEMU"))?;
     let disks: Vec<_> = needs.disks.iter().map(|disk| disk.bytes).collect();
     let whole = format!(
-        "{FORMAT}\n{}\n{}\n{:?}\n{:?}\n{}\n{}",
+        "{FORMAT}\n{}\n{}\n{}\n{:?}\n{:?}\n{}\n{}",
         image.digest,
+        // It may be in a seed or typed in, and so not on the command line.
+        launch.key.public_line(),
         plan.spec.command_line(),
         (qemu.dev(), qemu.ino(), qemu.size(), qemu.mtime(), qemu.mtime_nsec()),
         disks,
@@ -298,7 +307,7 @@ fn freeze(
     let where_to = evidence.directory().display().to_string();
     std::fs::write(log, format!("{where_to}\n"))
         .with_context(|| Fault::host(format!("cannot write {}", log.display())))?;
-    let launch = Launch { evidence: evidence.clone(), ..launch.clone() };
+    let launch = Launch { evidence: evidence.clone(), watch: Arc::default(), ..launch.clone() };
     let result = boot_and_freeze(launch, dir, deadline);
     let (outcome, reason) = match &result {
         Ok(_) => (crate::record::Outcome::Passed, None),
@@ -316,6 +325,7 @@ fn boot_and_freeze(launch: Launch, dir: &Path, deadline: &Deadline) -> Result<Fr
     vm.settle(&mut frozen, &deadline.within(SETTLE_TIME, "the guest's coming to rest"))?;
     let mut stopped = vm.stop(deadline)?;
     frozen.qemu = stopped.qmp().version().to_owned();
+    frozen.overlays = stopped.overlays();
     let deadline = deadline.within(FREEZE_TIME, "saving the machine's state");
     frozen.copied = save(&mut stopped, &dir.join(STATE), &deadline)?;
     frozen.boot_seconds = evidence.metadata().timings.boot_to_ssh_seconds;

@@ -2,6 +2,7 @@
 //! by halves, nothing is left running.
 
 use super::support::{Ended, Place, boot_sector, ended, finish, programs};
+use shakedown::connection::KeyPair;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -199,10 +200,26 @@ fn a_disk_that_fills_up_during_a_build_publishes_nothing() {
     let command = place.command("machines", &["--exact", "boots"]);
     // Once the build has found enough room, there is none.
     let shrink = "(until [ -e \"$SMALL\"/images/tmp-*/work ]; do sleep 0.02; done; \
-                  mount -o remount,size=1m \"$SMALL\") & ";
+                  used() { df --output=used -k \"$SMALL\" | tail -n 1; }; \
+                  until mount -n -o remount,size=$(($(used) + 64))k tmpfs \"$SMALL\"; do sleep 0.02; done) & ";
     let run = on_small_disk("2g", shrink, &place.path("cache"), &place.path("copy"), &command);
     says(&run, 101, &["1 error", "No space left on device"]);
     assert_eq!(images(&place.path("copy")), [""; 0]);
+    place.is_deserted();
+}
+
+#[test]
+fn a_disk_that_fills_up_under_a_machine_is_an_error_of_this_host() {
+    let place = Place::new();
+    let mut command = place.command("machines", &["--exact", "disk_is_filled"]);
+    // What is there already stays where it is; what the machine writes goes to the small disk.
+    let theirs = shakedown::host::cache_dir().expect("a cache");
+    KeyPair::load_or_create(&theirs.join("keys")).expect("the key of the templates");
+    command.env("THEIRS", theirs);
+    let link = "cp -a \"$THEIRS/keys\" \"$SMALL\"; for part in images apt templates; do \
+                mkdir -p \"$THEIRS/$part\"; ln -s \"$THEIRS/$part\" \"$SMALL\"; done; ";
+    let run = on_small_disk("64m", link, &place.path("cache"), &place.path("copy"), &command);
+    says(&run, 101, &["1 error", "a broken disk: write of drive", "No space left on device", "seen as: "]);
     place.is_deserted();
 }
 

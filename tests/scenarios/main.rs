@@ -1,8 +1,10 @@
 //! Shakedown's own scenarios: the `debian` image, booted in every way that it promises.
 
 mod boot;
+mod command;
 mod disks;
 mod forks;
+mod identity;
 mod network;
 mod power;
 mod prebuilt;

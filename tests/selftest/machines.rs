@@ -47,6 +47,12 @@ fn body_panics(vm: &mut Vm) {
     assert!(vm.ended(), "the machine still runs");
 }
 
+#[scenario(markers = [broken], disks = ["1G"])]
+fn disk_is_filled(vm: &mut Vm) -> Result<()> {
+    vm.ssh()?.run("dd if=/dev/urandom of=/dev/vda bs=1M count=256 oflag=direct")?;
+    Ok(())
+}
+
 /// Looks at neither deadline nor machine.
 #[scenario(markers = [broken], boot = cold, timeout = "5s")]
 fn body_hangs(_: &mut Vm) {

@@ -1,5 +1,6 @@
 //! `shakedown vm`: machines at hand, outside of scenarios.
 
+mod debug;
 mod list;
 mod machine;
 mod run;
@@ -19,6 +20,7 @@ pub(super) struct Vm {
 enum Action {
     Run(run::Run),
     Shell(shell::Shell),
+    Debug(debug::Debug),
     List(list::List),
     Kill(list::Kill),
 }
@@ -28,6 +30,7 @@ impl Vm {
         match self.action {
             Action::Run(run) => run.run(),
             Action::Shell(shell) => shell.run(),
+            Action::Debug(debug) => debug.run(),
             Action::List(list) => list.run(),
             Action::Kill(kill) => kill.run(),
         }

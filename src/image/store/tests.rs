@@ -122,7 +122,7 @@ fn who_waited_for_a_build_that_failed_fails_with_its_words() {
         begun.recv().expect("begins");
         let waited = store.get(KEY, "mine", &deadline(), &notes.events(), must_not_build);
         let text = format!("{:#}", waited.expect_err("fails too"));
-        assert!(text.contains("another process") && text.contains("no such package"), "{text}");
+        assert!(text.contains("by someone else") && text.contains("no such package"), "{text}");
         assert!(first.join().expect("joins").is_err());
     });
     assert!(notes.any(&format!("process {}", std::process::id())), "says for whom: {notes:?}");
