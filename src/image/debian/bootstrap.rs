@@ -264,7 +264,7 @@ mod tests {
             ("E: Temporary failure resolving 'deb.debian.org'", "apt-get update"),
             ("write error: No space left on device", "SHAKEDOWN_CACHE"),
             ("E: Unable to locate package opensh", "packages"),
-            ("E: invalid idmap", "usermod"),
+            ("E: invalid idmap", "shakedown doctor"),
         ] {
             let text = format!("{:#}", explain(Fault::host(said).into()));
             assert!(text.contains(fix) && text.contains(said), "{text}");
