@@ -395,7 +395,8 @@ pub fn stream(
     };
     let tail: Vec<String> = last.into();
     let fault = Fault::host(format!(
-        "`{line}` {what}; its last lines:\n  {}\nAll output: {}",
+        "`{}` {what}; its last lines:\n  {}\nAll output: {}",
+        beginning(&line),
         tail.join("\n  "),
         log.display()
     ));
@@ -403,6 +404,15 @@ pub fn stream(
         Some(stop) => fault.because(stop).into(),
         None => fault.into(),
     })
+}
+
+/// Enough of a command line to tell which command it is; all of it is in the log.
+fn beginning(line: &str) -> String {
+    const LONGEST: usize = 200;
+    match line.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{} ...", &line[..end]),
+        None => line.to_owned(),
+    }
 }
 
 fn next_line(reader: &mut impl BufRead) -> Option<String> {
@@ -438,6 +448,13 @@ mod tests {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", script]);
         command
+    }
+
+    #[test]
+    fn a_long_command_is_told_by_its_beginning() {
+        assert_eq!(beginning("true"), "true");
+        let long = "ü".repeat(300);
+        assert_eq!(beginning(&long), format!("{} ...", "ü".repeat(200)));
     }
 
     #[test]

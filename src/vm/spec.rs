@@ -326,8 +326,8 @@ mod tests {
         ];
         let line = line(&spec(drives));
         assert!(line.contains("ide-cd,bus=ide.0,drive=drive0"), "{line}");
-        assert!(line.contains("virtio-blk-pci,drive=drive1"), "{line}");
-        assert!(line.contains("ide-hd,bus=ide.1,drive=drive2"), "{line}");
+        assert!(line.contains("virtio-blk-pci,werror=report,drive=drive1"), "{line}");
+        assert!(line.contains("ide-hd,bus=ide.1,werror=report,drive=drive2"), "{line}");
         assert!(line.contains("nvme,drive=drive3,serial=disk0"), "{line}");
     }
 

@@ -164,7 +164,7 @@ fn explain(error: anyhow::Error) -> anyhow::Error {
         (
             &["invalid idmap", "/etc/subuid", "newuidmap", "unshare() failed", "unshare mode"],
             "this user may not make user namespaces",
-            "install `uidmap`, give the user a range (`usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER` as root), or build as root",
+            "run `shakedown doctor`, which tells what forbids it, or build the image as root",
         ),
         (
             &["NO_PUBKEY", "not signed"],
@@ -264,7 +264,7 @@ mod tests {
             ("E: Temporary failure resolving 'deb.debian.org'", "apt-get update"),
             ("write error: No space left on device", "SHAKEDOWN_CACHE"),
             ("E: Unable to locate package opensh", "packages"),
-            ("E: invalid idmap", "usermod"),
+            ("E: invalid idmap", "shakedown doctor"),
         ] {
             let text = format!("{:#}", explain(Fault::host(said).into()));
             assert!(text.contains(fix) && text.contains(said), "{text}");
