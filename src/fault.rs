@@ -90,6 +90,17 @@ pub fn blame(error: &anyhow::Error) -> Option<Blame> {
     error.chain().find_map(|e| e.downcast_ref::<Fault>()).map(Fault::blame)
 }
 
+/// Text that may be a machine's, made harmless: control characters that a terminal would obey are
+/// written out. Lines and tabs stay.
+pub fn visible(text: &str) -> String {
+    let harmless = |c: char| !c.is_control() || c == '\n' || c == '\t';
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if harmless(c) { shown.push(c) } else { shown.extend(c.escape_default()) }
+    }
+    shown
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,6 +114,11 @@ mod tests {
         let outer = Err::<(), _>(io).context(Fault::host("cannot write overlay"));
         assert_eq!(blame(&outer.expect_err("is an error")), Some(Blame::Host));
         assert_eq!(blame(&anyhow::anyhow!("assertion")), None);
+    }
+
+    #[test]
+    fn a_terminal_is_not_told_what_to_do() {
+        assert_eq!(visible("a\tb\n\x1b]0;title\x07\u{9b}2J ä"), "a\tb\n\\u{1b}]0;title\\u{7}\\u{9b}2J ä");
     }
 
     #[test]

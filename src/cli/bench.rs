@@ -31,28 +31,28 @@ enum What {
     /// From power-on to the end of the first SSH command
     Boot {
         #[command(flatten)]
-        options: Options<3>,
+        options: Options,
     },
     /// From the start of a fork to its first command, beside a cold boot in the same run
     Fork {
         #[command(flatten)]
-        options: Options<20>,
+        options: Options,
     },
     /// 40 scenarios of one command each, by `cargo test` and by `cargo nextest`, in a checkout of
     /// Shakedown
     Suite {
         #[command(flatten)]
-        options: Options<1>,
+        options: Options,
     },
     /// Building the `debian` image from an empty cache, and finding it again
     Image {
         #[command(flatten)]
-        options: Options<1>,
+        options: Options,
     },
     /// Listing 1,000 scenarios, from the start of the process to its end
     List {
         #[command(flatten)]
-        options: Options<20>,
+        options: Options,
         /// Only list, in this process
         #[arg(long, hide = true)]
         only: bool,
@@ -60,10 +60,10 @@ enum What {
 }
 
 #[derive(clap::Args)]
-struct Options<const RUNS: u32> {
-    /// How often each figure is measured
-    #[arg(long, default_value_t = RUNS, value_parser = clap::value_parser!(u32).range(1..))]
-    runs: u32,
+struct Options {
+    /// How often each figure is measured [default: as many as its noise asks for]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    runs: Option<u32>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -75,17 +75,19 @@ type Samples = Vec<(&'static str, Vec<f64>)>;
 impl Bench {
     pub(super) fn run(self) -> Result<Verdict> {
         let load = load_average();
-        let (name, runs, json, samples) = match self.what {
-            What::Boot { options } => ("boot", options.runs, options.json, boot(options.runs)?),
-            What::Fork { options } => ("fork", options.runs, options.json, fork(options.runs)?),
-            What::Suite { options } => ("suite", options.runs, options.json, suite(options.runs)?),
-            What::Image { options } => ("image", options.runs, options.json, image(options.runs)?),
+        let (name, options, usual, measure): (_, _, _, fn(u32) -> Result<Samples>) = match self.what {
+            What::Boot { options } => ("boot", options, 3, boot),
+            What::Fork { options } => ("fork", options, 20, fork),
+            What::Suite { options } => ("suite", options, 1, suite),
+            What::Image { options } => ("image", options, 1, image),
             What::List { only: true, .. } => {
                 harness::bench_list(1000, Path::new("/dev/null"))?;
                 return Ok(Verdict::Fine);
             }
-            What::List { options, .. } => ("list", options.runs, options.json, list(options.runs)?),
+            What::List { options, .. } => ("list", options, 20, list),
         };
+        let runs = options.runs.unwrap_or(usual);
+        let samples = measure(runs)?;
         let accelerator = accel::detect(&Deadline::after(Duration::from_secs(60), "the probe"))?;
         let mut result = Map::new();
         result.insert("bench".into(), name.into());
@@ -107,7 +109,7 @@ impl Bench {
         result.insert("load_average".into(), json!(load));
         result.insert("cpus".into(), std::thread::available_parallelism().map_or(1, usize::from).into());
         result.insert("version".into(), env!("CARGO_PKG_VERSION").into());
-        if json {
+        if options.json {
             terminal::print_json(&Value::Object(result))?;
         } else {
             for (figure, seconds) in &samples {
@@ -274,7 +276,7 @@ fn image(runs: u32) -> Result<Samples> {
         let get = || -> Result<f64> {
             let begun = Instant::now();
             let images = Images::new(cache.path().to_owned(), &environment, &None, &BTreeMap::new())?;
-            images.get(Some("debian"), &deadline, &Events::silent())?;
+            images.get(Some("debian"), jiff::Timestamp::now(), &deadline, &Events::silent())?;
             Ok(begun.elapsed().as_secs_f64())
         };
         cold.push(get()?);

@@ -53,8 +53,12 @@ fn build(name: Option<&str>, as_json: bool) -> Result<()> {
     let images = Images::new(host::cache_dir()?, &environment, &settings.image, &settings.images)?;
     let progress = Progress::new();
     let begun = Instant::now();
-    let result =
-        images.get(name, &Deadline::after(BUILD, "shakedown image build"), &Events::to(progress.clone()));
+    let result = images.get(
+        name,
+        jiff::Timestamp::now(),
+        &Deadline::after(BUILD, "shakedown image build"),
+        &Events::to(progress.clone()),
+    );
     progress.finish();
     let image = result?;
     if as_json {

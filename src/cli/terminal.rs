@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use serde::Serialize;
 use shakedown::deadline::Stop;
+use shakedown::fault::visible;
 use shakedown::process;
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::time::Duration;
@@ -98,7 +99,7 @@ fn describe(error: &anyhow::Error, paint: Paint) -> String {
     let mut text = String::new();
     let mut fixes: Vec<String> = Vec::new();
     for (depth, link) in error.chain().enumerate() {
-        let link = link.to_string();
+        let link = visible(&link.to_string());
         let (message, fix) = match link.split_once("\nFix: ") {
             Some((message, fix)) => (message, Some(fix)),
             None => (link.as_str(), None),

@@ -19,6 +19,7 @@ pub use session::Session;
 pub use ssh::Ssh;
 
 use crate::deadline::{Deadline, Stop};
+use crate::fault::visible;
 use std::io::{self, Read};
 use std::path::Path;
 use std::time::Duration;
@@ -330,10 +331,7 @@ pub(crate) fn signal_name(number: i32) -> String {
 
 /// The last lines of standard error, for a message.
 fn tail(stderr: &[u8]) -> String {
-    // A machine under test may send what a terminal would obey.
-    let visible =
-        |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
-    let text: String = String::from_utf8_lossy(stderr).chars().map(visible).collect();
+    let text = visible(&String::from_utf8_lossy(stderr));
     let lines: Vec<_> = text.trim_end().lines().collect();
     let last = lines[lines.len().saturating_sub(5)..].join("\n  ");
     if last.is_empty() { String::new() } else { format!("\n  {last}") }

@@ -7,6 +7,8 @@ use crate::record::event::{Event, Events};
 use anyhow::Result;
 use std::error::Error;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// A connection borrowed for a while, with the deadline of whoever borrows it.
@@ -18,12 +20,19 @@ pub struct Session<'a> {
     connection: &'a mut dyn Connection,
     deadline: Deadline,
     events: Events,
+    trouble: Arc<AtomicBool>,
 }
 
 impl<'a> Session<'a> {
     /// Commands over `connection` end by `deadline` and are told to `events`.
     pub fn new(connection: &'a mut dyn Connection, deadline: Deadline, events: Events) -> Self {
-        Self { connection, deadline, events }
+        Self { connection, deadline, events, trouble: Arc::default() }
+    }
+
+    /// The same, but `trouble` is set when a call ends in an error.
+    #[must_use]
+    pub fn marking(self, trouble: &Arc<AtomicBool>) -> Self {
+        Self { trouble: Arc::clone(trouble), ..self }
     }
 
     /// Runs a command line, or a [`Cmd`] with more to say, and checks its exit status.
@@ -76,6 +85,9 @@ impl<'a> Session<'a> {
             status: result.as_ref().map_or_else(brief, status),
             seconds: start.elapsed().as_secs_f64(),
         });
+        if result.is_err() {
+            self.trouble.store(true, Ordering::SeqCst);
+        }
         result.map_err(with_blame)
     }
 }
@@ -109,7 +121,7 @@ mod tests {
     use crate::connection::Local;
     use crate::fault::{Blame, blame};
     use crate::record::event::Observer;
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
     use std::time::Duration;
 
     #[derive(Clone, Default)]

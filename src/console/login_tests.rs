@@ -103,10 +103,7 @@ else
 fi
 PS1='user$ ' dash -i
 "#;
-    let file = tempfile::NamedTempFile::new().expect("temp file");
-    std::fs::write(file.path(), format!("{settings}\n{script}")).expect("writes");
-    let (_, path) = file.keep().expect("keeps");
-    guest(&format!("sh -c '. {0}' ; rm {0}", path.display()))
+    guest(&format!("exec sh -c {}", crate::process::quote(&format!("{settings}\n{script}"))))
 }
 
 fn user(password: &str, escalate: Escalate) -> LoginProfile {

@@ -3,8 +3,8 @@
 use crate::record::event::{Event, Observer};
 use std::sync::{Mutex, PoisonError};
 
-/// Lines on standard error about images that are built and machines that must wait; everything else
-/// is in the evidence.
+/// Lines on standard error about what takes long: images that are built, machines that are booted
+/// to fork from, and waiting for a slot. Everything else is in the evidence.
 #[derive(Debug, Default)]
 pub(super) struct Lines {
     last: Mutex<Option<String>>,
@@ -13,7 +13,11 @@ pub(super) struct Lines {
 impl Observer for Lines {
     fn observe(&self, event: &Event) {
         let shown = match event {
-            Event::ImageBuildStarted { .. } | Event::ImageReady { cached: false, .. } => event.to_string(),
+            Event::ImageBuildStarted { .. }
+            | Event::ImageReady { cached: false, .. }
+            | Event::TemplateStarted { .. }
+            | Event::TemplateReady { cached: false, .. }
+            | Event::SlotWait { .. } => event.to_string(),
             // Percentages would flood a log; a phase is said once.
             Event::ImageBuildProgress { phase, .. } => {
                 Event::ImageBuildProgress { phase: phase.clone(), percent: None }.to_string()

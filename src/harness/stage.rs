@@ -15,8 +15,7 @@ use crate::image::{Image, Images, KeyEntry};
 use crate::record::event::Events;
 use crate::record::{self, BootKind, Environment, Evidence, Outcome, scratch};
 use crate::vm::assemble::HostParts;
-use crate::vm::qemu::Watch;
-use crate::vm::{Boot, Bus, Death, LAST_MOMENTS, Launch, Needs, Template, Vm, accel, template};
+use crate::vm::{Boot, Bus, Death, Herd, LAST_MOMENTS, Launch, Needs, Template, Vm, accel, template};
 use anyhow::{Context, Result};
 use once_cell::sync::OnceCell;
 use std::path::{Path, PathBuf};
@@ -54,7 +53,7 @@ pub(super) struct Stage {
     evidence: Evidence,
     events: Events,
     prepared: Mutex<Option<Prepared>>,
-    watch: Arc<Mutex<Option<Watch>>>,
+    herd: Arc<Herd>,
 }
 
 /// What a machine is made of, at hand.
@@ -115,7 +114,7 @@ impl Run {
             events: evidence.events(),
             evidence,
             prepared: Mutex::new(None),
-            watch: Arc::default(),
+            herd: Arc::default(),
         }
     }
 
@@ -158,7 +157,8 @@ impl Stage {
             qemu_img: tools::require("qemu-img")?,
             accelerator: accelerator.kind,
         };
-        let image = self.run.images()?.get(needs.image, &wait, &self.events)?;
+        let image =
+            self.run.images()?.get(needs.image, self.run.record()?.started_at(), &wait, &self.events)?;
         let key = KeyPair::load_or_create(&host::cache_dir()?.join("keys"))?;
         let forks = needs.boot == Boot::Fork && self.can_fork(needs, &image);
         self.evidence.update(|metadata| {
@@ -201,7 +201,9 @@ impl Stage {
     }
 
     fn template(&self, prepared: &Prepared, needs: &Needs) -> Result<Template> {
-        let deadline = Deadline::after(Scenario::DEFAULT_TIMEOUT, "booting the machine to fork from");
+        let Environment { spawn_timeout, login_timeout, .. } = self.run.environment;
+        let limit = spawn_timeout + login_timeout + template::SETTLE_TIME + template::FREEZE_TIME;
+        let deadline = Deadline::after(limit, "booting the machine to fork from");
         let evidence = || {
             let evidence = self.run.record()?.aside(&format!("template-{}", prepared.image.name))?;
             evidence.update(|metadata| {
@@ -215,7 +217,8 @@ impl Stage {
             Ok(evidence)
         };
         let store = template::store_in(&host::cache_dir()?)?;
-        Template::get(&store, &self.launch(prepared, needs), evidence, &deadline, &self.events)
+        let since = self.run.record()?.started_at();
+        Template::get(&store, &self.launch(prepared, needs), since, evidence, &deadline, &self.events)
     }
 
     fn launch(&self, prepared: &Prepared, needs: &Needs) -> Launch {
@@ -230,7 +233,7 @@ impl Stage {
             login_timeout: environment.login_timeout,
             evidence: self.evidence.clone(),
             machines: prepared.machines.clone(),
-            watch: Arc::clone(&self.watch),
+            herd: Arc::clone(&self.herd),
         }
     }
 
@@ -250,15 +253,15 @@ impl Stage {
     /// Ends the machine at once, from another thread than the one that drives it, so that all its
     /// waits end.
     pub(super) fn kill_machine(&self) {
-        if let Some(watch) = &*lock(&self.watch) {
+        if self.herd.kill() {
             self.events.note("the machine is killed: its scenario did not let go of it in time");
-            watch.kill();
         }
     }
 
-    /// How the machine died under its scenario, if it did.
+    /// How the machine, or one that the scenario made of it, died under its scenario, if it did.
     pub(super) fn death(&self, vm: &mut Vm, verdict: &Verdict) -> Option<Death> {
-        vm.death(if verdict.outcome == Outcome::Passed { Duration::ZERO } else { LAST_MOMENTS })
+        let patience = if verdict.outcome == Outcome::Passed { Duration::ZERO } else { LAST_MOMENTS };
+        vm.death(patience).or_else(|| self.herd.death())
     }
 
     /// Lets a person look into a failure, where they asked for it.

@@ -1,7 +1,7 @@
 //! From how a body ended to an outcome and to the text a person reads.
 
 use crate::deadline::{Deadline, Stop};
-use crate::fault::{Blame, blame};
+use crate::fault::{Blame, blame, visible};
 use crate::process;
 use crate::record::Outcome;
 use crate::vm::Death;
@@ -122,7 +122,8 @@ pub(crate) fn explain(error: &Error) -> String {
         }
         fixes.extend(fix.into_iter().map(str::to_owned));
     }
-    let mut text = links.join("\ncaused by: ");
+    // Some of it may be a guest's words.
+    let mut text = visible(&links.join("\ncaused by: "));
     // It can meet any write, and the way out is always the same.
     if fixes.is_empty() && error.chain().any(is_full) {
         fixes.push(FULL.to_owned());

@@ -19,6 +19,7 @@ use crate::record::{Environment, metadata};
 use crate::vm::Firmware;
 use crate::{host, nearest};
 use anyhow::{Result, bail};
+use jiff::Timestamp;
 use once_cell::sync::OnceCell;
 use serde::{Deserialize, Serialize};
 use settings::Source;
@@ -218,11 +219,18 @@ impl Images {
         self.sources.keys().map(String::as_str)
     }
 
-    /// The image `name`, or the default one: from the store, built now, or from its file.
+    /// The image `name`, or the default one: from the store, built now, or from its file. A build
+    /// that failed after `since`, the beginning of the caller's run, is not tried again.
     ///
     /// # Errors
     /// A host [`Fault`] that says which image, what is wrong and what to do.
-    pub fn get(&self, name: Option<&str>, deadline: &Deadline, events: &Events) -> Result<Image> {
+    pub fn get(
+        &self,
+        name: Option<&str>,
+        since: Timestamp,
+        deadline: &Deadline,
+        events: &Events,
+    ) -> Result<Image> {
         if let (None, Some(file)) = (name, &self.prebuilt) {
             let name = file.file_name().unwrap_or_default().to_string_lossy();
             return self.open(&name, file, &Table::new(), deadline, events).map_err(|error| {
@@ -231,7 +239,7 @@ impl Images {
         }
         let name = name.unwrap_or(&self.default);
         match self.source(name)? {
-            Source::Debian(settings) => self.debian(name, settings, deadline, events),
+            Source::Debian(settings) => self.debian(name, settings, since, deadline, events),
             Source::File { file, description } => self.open(name, file, description, deadline, events),
         }
     }
@@ -269,12 +277,13 @@ impl Images {
         &self,
         name: &str,
         settings: &settings::Debian,
+        since: Timestamp,
         deadline: &Deadline,
         events: &Events,
     ) -> Result<Image> {
         let plan = debian::Plan::new(settings, &self.cache.join("apt"), deadline)?;
         let store = self.store.get_or_try_init(|| Self::store_in(&self.cache))?;
-        let entry = store.get(&plan.key, name, deadline, events, |dir, log| {
+        let entry = store.get(&plan.key, name, since, deadline, events, |dir, log| {
             let free = host::free_disk(dir)?;
             if free < BUILD_BYTES {
                 bail!(Fault::host(format!("a build needs {} MiB, and {} has {}", BUILD_BYTES >> 20, dir.display(), free >> 20))
@@ -356,7 +365,12 @@ mod tests {
     }
 
     fn get(images: &Images, name: Option<&str>) -> Result<Image> {
-        images.get(name, &Deadline::after(Duration::from_secs(60), "test"), &Events::silent())
+        images.get(
+            name,
+            Timestamp::now(),
+            &Deadline::after(Duration::from_secs(60), "test"),
+            &Events::silent(),
+        )
     }
 
     #[test]

@@ -120,7 +120,7 @@ impl<K> Clone for Store<K> {
     }
 }
 
-/// Why a build failed, for those who waited for it.
+/// Why a build failed, for those who want the same in the same run.
 #[derive(Serialize, Deserialize)]
 struct Failure {
     at: Timestamp,
@@ -152,15 +152,17 @@ impl<K: Kind> Store<K> {
     }
 
     /// The entry `key`, from the store or built by `build` into the directory it is given, with its
-    /// output in the file it is given. Of several processes that want it, one builds.
+    /// output in the file it is given. Of several processes that want it, one builds. A build that
+    /// failed after `since`, the beginning of the caller's run, is not tried again.
     ///
     /// # Errors
-    /// What `build` gives; the same for those who waited for it. A host [`Fault`] when the store
-    /// cannot be written, [`Stop`] in the chain when the wait must end.
+    /// What `build` gives; the same for those who came later in the run. A host [`Fault`] when the
+    /// store cannot be written, [`Stop`] in the chain when the wait must end.
     pub(crate) fn get(
         &self,
         key: &str,
         name: &str,
+        since: Timestamp,
         deadline: &Deadline,
         events: &Events,
         build: impl FnOnce(&Path, &Path) -> Result<K>,
@@ -173,8 +175,7 @@ impl<K: Kind> Store<K> {
         if let Found::Entry(entry) = self.find(key, false)? {
             return Ok(ready(*entry, true));
         }
-        let began = Timestamp::now();
-        let (lock, waited) = self.lock_waiting(key, name, deadline, events)?;
+        let lock = self.lock_waiting(key, name, deadline, events)?;
         match self.find(key, true)? {
             Found::Entry(entry) => return Ok(ready(*entry, true)),
             Found::Missing => {}
@@ -184,10 +185,10 @@ impl<K: Kind> Store<K> {
                 self.discard(key, &lock)?;
             }
         }
-        if waited && let Some(failure) = self.failure_since(key, began) {
+        if let Some(failure) = self.failure_since(key, since) {
             let fault = if failure.machine { Fault::machine } else { Fault::host };
             let what =
-                format!("{} `{name}` was built by someone else, who failed:\n{}", K::NAME, failure.error);
+                format!("{} `{name}` could not be made before in this run:\n{}", K::NAME, failure.error);
             return Err(fault(what).fix("correct the cause, then start again").into());
         }
         let manifest = self.build(key, name, &lock, deadline, events, build)?;
@@ -303,9 +304,9 @@ impl<K: Kind> Store<K> {
         Ok(Found::Entry(Box::new(Entry { dir, manifest, guard: Guard(Arc::new(file)) })))
     }
 
-    fn failure_since(&self, key: &str, began: Timestamp) -> Option<Failure> {
+    fn failure_since(&self, key: &str, since: Timestamp) -> Option<Failure> {
         let failure: Failure = read_json(&self.path(key, "failed")).ok()?;
-        (failure.at >= began).then_some(failure)
+        (failure.at >= since).then_some(failure)
     }
 
     /// Takes an entry out of sight in one step, then removes it. Who has its files open keeps them.
@@ -382,18 +383,12 @@ impl<K: Kind> Store<K> {
         }
     }
 
-    /// Waits for that right; says so, and for whom. True when it had to wait.
-    fn lock_waiting(
-        &self,
-        key: &str,
-        name: &str,
-        deadline: &Deadline,
-        events: &Events,
-    ) -> Result<(BuildLock, bool)> {
+    /// Waits for that right; says so, and for whom.
+    fn lock_waiting(&self, key: &str, name: &str, deadline: &Deadline, events: &Events) -> Result<BuildLock> {
         let mut waited = false;
         loop {
             if let Some(lock) = self.try_lock(key)? {
-                return Ok((lock, waited));
+                return Ok(lock);
             }
             if !waited {
                 let holder = self.holder(key);

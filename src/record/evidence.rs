@@ -10,7 +10,7 @@ use super::metadata::{
 };
 use super::sweep::Marker;
 use super::{Run, files};
-use crate::fault::Fault;
+use crate::fault::{Fault, visible};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -318,16 +318,8 @@ fn create(path: &Path) -> Result<File> {
 /// The event for `harness.log`: what follows the first line is indented. Control characters, which
 /// may come from a guest, are made visible.
 fn readable(time: Utc, seconds: f64, event: &Event) -> String {
-    let mut text = format!("[{time} +{seconds:.3}] ");
-    for c in event.to_string().trim_end().chars() {
-        match c {
-            '\n' => text.push_str("\n    "),
-            c if c.is_control() && c != '\t' => text.extend(c.escape_default()),
-            c => text.push(c),
-        }
-    }
-    text.push('\n');
-    text
+    let text = visible(event.to_string().trim_end()).replace('\n', "\n    ");
+    format!("[{time} +{seconds:.3}] {text}\n")
 }
 
 /// Makes a directory for the next attempt of a scenario.

@@ -8,6 +8,7 @@ use super::{Environment, Evidence, files};
 use crate::deadline::Deadline;
 use crate::process;
 use anyhow::{Context, Result};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
@@ -85,6 +86,11 @@ impl Run {
     /// Its id: the name of its directory, which no other run in this log root has.
     pub fn id(&self) -> &str {
         &self.file.run_id
+    }
+
+    /// When its first process began it.
+    pub fn started_at(&self) -> Timestamp {
+        self.file.started_at.into()
     }
 
     /// The run directory.

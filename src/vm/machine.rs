@@ -4,17 +4,17 @@
 //! power-off, evidence, end. Every wait in it ends when QEMU does.
 
 use super::assemble::{self, HostParts, Plan};
-use super::diagnose;
+use super::herd::Herd;
 use super::identity;
 use super::needs::Needs;
 use super::qemu::{Qemu, Watch};
 use super::qmp::Qmp;
 use super::register::{Entry, Running};
 use super::screen;
-use super::spec::{DriveFormat, MachineSpec, Memory};
-use super::template::{Checkpoint, Frozen, Template};
+use super::spec::{MachineSpec, Memory};
+use super::template::Template;
 use crate::connection::ssh::Target;
-use crate::connection::{Agent, Cmd, Connection, ConnectionError, KeyPair, Output, Session, Ssh};
+use crate::connection::{Agent, Cmd, KeyPair, Session, Ssh};
 use crate::console::{Console, LoginProfile, Regex, Shell, WaitError};
 use crate::deadline::{Deadline, Stop};
 use crate::fault::Fault;
@@ -29,9 +29,15 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::Duration;
+
+mod end;
+mod fork;
+
+pub(crate) use end::Death;
+pub(super) use fork::Stopped;
 
 /// In the guest.
 const SSH_PORT: u16 = 22;
@@ -71,8 +77,8 @@ pub struct Launch {
     pub evidence: Evidence,
     /// Below this directory the machine has one for its own files, while it runs.
     pub machines: PathBuf,
-    /// Receives the watch on the machine as soon as QEMU runs, so that its boot can be ended too.
-    pub watch: Arc<Mutex<Option<Watch>>>,
+    /// The machine joins it as soon as QEMU runs, so that its boot can be ended too.
+    pub herd: Arc<Herd>,
 }
 
 /// Where a machine's own files are.
@@ -111,6 +117,10 @@ pub struct Vm {
     entry: Entry,
     /// What it continues from, which must stay while it runs.
     template: Option<Template>,
+    /// Something did not go as asked: its evidence is wanted.
+    trouble: Arc<AtomicBool>,
+    /// Its evidence is filed.
+    collected: bool,
 }
 
 /// Our end of the guest agent's port. It is kept open also where nobody uses it: a port on which
@@ -140,7 +150,7 @@ impl Vm {
         match identity.map_or(Ok(()), |script| vm.tell(script, deadline)) {
             Ok(()) => Ok(vm),
             Err(error) => {
-                diagnose::collect(&mut vm, false);
+                vm.collect(false);
                 Err(error)
             }
         }
@@ -161,156 +171,9 @@ impl Vm {
         match usable.and_then(|()| vm.become_usable()) {
             Ok(()) => Ok(vm),
             Err(error) => {
-                diagnose::collect(&mut vm, false);
+                vm.collect(false);
                 Err(error)
             }
-        }
-    }
-
-    /// Starts a machine that continues from `template`: in a fraction of a second, and with nothing
-    /// that any other fork did.
-    ///
-    /// Its clock is set and its random pool reseeded. MAC address and boot id are the template's, and so
-    /// are hostname and machine id unless the scenario needs its own.
-    ///
-    /// # Errors
-    /// A host [`Fault`] when QEMU does not take the state, a machine [`Fault`] when the guest does
-    /// not answer afterwards.
-    pub fn fork(launch: Launch, template: Template, deadline: &Deadline) -> Result<Self> {
-        let begun = Instant::now();
-        let workspace = Workspace::Scratch(Scratch::under(&launch.machines)?);
-        let mut plan = launch.plan(workspace.path())?;
-        plan.make_from(&template.dir, &template.frozen.overlays, workspace.path(), &launch.host, deadline)?;
-        plan.spec.memory = template.memory();
-        plan.spec.incoming = true;
-        let mut vm = Self::run(launch, plan.spec, workspace, Some(template.clone()), deadline)?;
-        match vm.thaw(&template, &deadline.within(THAW, "the start of a fork")) {
-            Ok(()) => {
-                vm.launch.evidence.events().emit(Event::Forked { seconds: begun.elapsed().as_secs_f64() });
-                Ok(vm)
-            }
-            Err(error) => {
-                diagnose::collect(&mut vm, false);
-                Err(error)
-            }
-        }
-    }
-
-    /// A machine that has a template's state in it and stands still.
-    pub(super) fn load(
-        launch: Launch,
-        template: &Template,
-        memory: Memory,
-        deadline: &Deadline,
-    ) -> Result<Stopped> {
-        let workspace = Workspace::Template(template.dir.clone());
-        let mut spec = launch.plan(workspace.path())?.spec;
-        for drive in &mut spec.drives {
-            let name = drive.file.file_name().unwrap_or_default().to_string_lossy();
-            if template.frozen.overlays.iter().any(|overlay| *overlay == name) {
-                drive.format = DriveFormat::Qcow2;
-            }
-        }
-        spec.memory = memory;
-        spec.incoming = true;
-        let mut vm = Self::run(launch, spec, workspace, None, deadline)?;
-        template.load(&mut vm.qmp, deadline).map_err(|error| vm.add_obituary(error.into()))?;
-        Ok(Stopped { vm })
-    }
-
-    /// Takes a template of this machine as it is now: its memory, its disks, its running programs.
-    /// The machine goes on afterwards.
-    ///
-    /// SSH connections of this machine are closed for it, since no fork could answer on them.
-    ///
-    /// # Errors
-    /// A host [`Fault`] when the state cannot be saved: NVMe disks cannot, and disks may be full.
-    pub fn checkpoint(&mut self, name: &str) -> Result<Checkpoint> {
-        let deadline = self.deadline.within(CHECKPOINT, "a checkpoint");
-        let mut frozen = match &self.template {
-            Some(template) => template.frozen.clone(),
-            None => Frozen::of(&self.launch),
-        };
-        self.finish_thaw()?;
-        self.choose_channel(&mut frozen, &deadline)?;
-        frozen.overlays = self.spec.overlays();
-        self.qmp.execute(&qmp::stop {}, &deadline).context(Fault::host("QEMU cannot stop the machine"))?;
-        let parent = self.template.clone();
-        let template = Template::of_running(
-            &mut self.qmp,
-            &self.launch,
-            self.workspace.path(),
-            frozen,
-            parent,
-            &deadline,
-        );
-        let template = template?;
-        self.qmp.execute(&qmp::cont {}, &deadline).context(Fault::host("QEMU cannot go on"))?;
-        Ok(Checkpoint::new(name, template, self.launch.clone(), self.deadline.clone()))
-    }
-
-    /// Where this fork continues from, to make more machines like it: each is as this one was when
-    /// the scenario began. `None` for a machine that was booted.
-    pub fn origin(&self) -> Option<Checkpoint> {
-        let template = self.template.clone()?;
-        Some(Checkpoint::new("sibling", template, self.launch.clone(), self.deadline.clone()))
-    }
-
-    /// Bytes of memory that are this machine's alone: what it does not share with its template.
-    /// Counts QEMU itself and its translated code.
-    ///
-    /// # Errors
-    /// When the system cannot tell.
-    pub fn private_memory(&self) -> Result<u64> {
-        let path = format!("/proc/{}/smaps_rollup", self.pid());
-        let text =
-            std::fs::read_to_string(&path).with_context(|| Fault::host(format!("cannot read {path}")))?;
-        let kib = text
-            .lines()
-            .find_map(|line| line.strip_prefix("Pss_Anon:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-        kib.map(|kib| kib * 1024).with_context(|| Fault::host(format!("{path} does not tell Pss_Anon")))
-    }
-
-    fn thaw(&mut self, template: &Template, deadline: &Deadline) -> Result<()> {
-        let loaded = template.load(&mut self.qmp, deadline);
-        if let Err(error) = loaded.and_then(|()| self.qmp.execute(&qmp::cont {}, deadline).map(drop)) {
-            let fault = Fault::host(format!("QEMU does not take the template {}", template.dir.display()))
-                .fix("`shakedown template rm` it: it is made anew then");
-            return Err(self.add_obituary(anyhow::Error::new(error).context(fault)));
-        }
-        if let Some(token) = &template.frozen.shell {
-            let shell = self.console.resume(token, deadline);
-            self.shell = Some(shell.map_err(|error| self.add_obituary(error))?);
-        }
-        // The guest's clock stands where the template was frozen.
-        let identity = identity::script(&self.launch.needs);
-        if identity.is_none()
-            && let Some(agent) = self.agent(deadline)
-        {
-            agent.prelude(set_clock);
-            return Ok(());
-        }
-        self.tell(set_clock() + "\n" + &identity.unwrap_or_default(), deadline)
-    }
-
-    /// Runs a script of ours, which must not fail.
-    fn tell(&mut self, script: String, deadline: &Deadline) -> Result<()> {
-        match self.ask(Cmd::new(script), deadline) {
-            Some(Ok(_)) => Ok(()),
-            Some(Err(error)) => {
-                Err(self.explain(error, "the machine does not do what it is told at its start"))
-            }
-            None => Err(Fault::host("a machine without agent, SSH and login cannot be told anything")
-                .fix("do without `hostname` and `fresh_machine_id`")
-                .into()),
-        }
-    }
-
-    /// Does at the latest now what the first command in a fork does: sets its clock.
-    fn finish_thaw(&mut self) -> Result<()> {
-        match &self.agent {
-            AgentPort::Ready(agent) if agent.has_prelude() => self.shell()?.run(":").map(drop),
-            _ => Ok(()),
         }
     }
 
@@ -325,7 +188,7 @@ impl Vm {
         let logs = launch.evidence.logs();
         let start = deadline.within(QEMU_START, "QEMU's own start");
         let (mut qemu, channels) = Qemu::start(&spec, &logs.join("qemu.stderr"), &events)?;
-        *launch.watch.lock().unwrap_or_else(PoisonError::into_inner) = Some(qemu.watch()?);
+        launch.herd.join(qemu.watch()?);
         let console = Console::attach(channels.console, &logs, events)?;
         let greeted = Qmp::open(channels.qmp, &start)
             .and_then(|mut qmp| qmp.forwarded_port(SSH_PORT, &start).map(|port| (qmp, port)));
@@ -352,6 +215,8 @@ impl Vm {
             powered_off: false,
             entry,
             template,
+            trouble: Arc::default(),
+            collected: false,
         })
     }
 
@@ -429,7 +294,7 @@ impl Vm {
             self.connect(&self.deadline.within(self.launch.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT"))?;
         }
         let ssh = self.ssh.as_mut().context(Fault::host("there is no SSH connection"))?;
-        Ok(Session::new(ssh, self.deadline.clone(), self.launch.evidence.events()))
+        Ok(Session::new(ssh, self.deadline.clone(), self.launch.evidence.events()).marking(&self.trouble))
     }
 
     /// The machine over its fastest channel: the guest agent where the image has it, else the serial
@@ -445,7 +310,7 @@ impl Vm {
         let AgentPort::Ready(agent) = &mut self.agent else {
             return Err(Fault::host("the guest agent is gone").into());
         };
-        Ok(Session::new(agent, self.deadline.clone(), self.launch.evidence.events()))
+        Ok(Session::new(agent, self.deadline.clone(), self.launch.evidence.events()).marking(&self.trouble))
     }
 
     /// The guest agent, if one answers in time; it is asked once.
@@ -461,39 +326,6 @@ impl Vm {
         }
     }
 
-    /// Waits until the guest has come to rest, and finds the channel that its forks will use.
-    pub(super) fn settle(&mut self, frozen: &mut Frozen, deadline: &Deadline) -> Result<()> {
-        let started = "command -v systemctl >/dev/null || exit 0; systemctl is-system-running --wait";
-        let patience = deadline.remaining() / 2;
-        match self.ssh()?.run(Cmd::new(started).allow_failure().timeout(patience)) {
-            Ok(state) if state.success() => {}
-            Ok(state) => self.note(format!("the template's system is {}", state.trimmed())),
-            Err(error) => self.note(format!("the template's units are not all started: {error:#}")),
-        }
-        self.choose_channel(frozen, deadline)?;
-        // What every fork will do first, so that it finds its pages warm.
-        self.shell()?.run("date -u -s @$(date +%s) >/dev/null; echo warm | cat")?;
-        self.qemu.wait_idle(deadline)
-    }
-
-    /// Finds the channel that forks will use, and ends the SSH session: its peer would be gone in
-    /// every fork.
-    fn choose_channel(&mut self, frozen: &mut Frozen, deadline: &Deadline) -> Result<()> {
-        frozen.agent = self.agent(&deadline.within(AGENT, "the guest agent's first answer")).is_some();
-        if !frozen.agent {
-            self.log_in(deadline)?;
-            frozen.shell = self.shell.as_ref().map(|shell| shell.token().to_owned());
-        }
-        self.ssh = None;
-        Ok(())
-    }
-
-    /// Stops the guest for good.
-    pub(super) fn stop(mut self, deadline: &Deadline) -> Result<Stopped> {
-        self.qmp.execute(&qmp::stop {}, deadline).context(Fault::host("QEMU cannot stop the machine"))?;
-        Ok(Stopped { vm: self })
-    }
-
     /// The machine over its serial console, logged in as root. The first call logs in.
     ///
     /// # Errors
@@ -507,7 +339,7 @@ impl Vm {
 
     fn session_on_console(&mut self, deadline: &Deadline) -> Result<Session<'_>> {
         let shell = self.shell.as_mut().context(Fault::host("not logged in on the console"))?;
-        Ok(Session::new(shell, deadline.clone(), self.launch.evidence.events()))
+        Ok(Session::new(shell, deadline.clone(), self.launch.evidence.events()).marking(&self.trouble))
     }
 
     fn log_in(&mut self, deadline: &Deadline) -> Result<()> {
@@ -552,6 +384,7 @@ impl Vm {
     pub fn wait_for_console(&mut self, pattern: &str, timeout: Duration) -> Result<String> {
         let regex =
             Regex::new(pattern).context(Fault::host(format!("`{pattern}` is not a regular expression")))?;
+        self.finish_thaw()?;
         let deadline = self.deadline.within(timeout, "the wait for a line on the console");
         let found = self.console.wait_for(&regex, &deadline);
         found.map_err(|error| self.explain(error, &format!("`{pattern}` did not come on the serial console")))
@@ -640,6 +473,7 @@ impl Vm {
     pub fn wait_for_screen(&mut self, pattern: &str, timeout: Duration) -> Result<String> {
         let regex = Regex::new(pattern)
             .with_context(|| Fault::host(format!("`{pattern}` is not a regular expression")))?;
+        self.finish_thaw()?;
         let deadline = self.deadline.within(timeout, "the wait for a text on the screen");
         loop {
             let screen = screen::text(&mut self.qmp, self.workspace.path(), &deadline)
@@ -685,147 +519,12 @@ impl Vm {
     pub fn watch(&self) -> Result<Watch> {
         self.qemu.watch()
     }
-
-    /// Files the evidence that every run has, and more when it did not pass; then ends the machine.
-    pub fn finish(mut self, passed: bool) {
-        if let (Some(template), Ok(private)) = (&self.template, self.private_memory()) {
-            template.learn(private);
-        }
-        diagnose::collect(&mut self, passed);
-    }
-
-    /// Turns the end of a wait into an error that says whose fault it is and what was last seen.
-    fn explain(&mut self, error: impl Into<anyhow::Error>, what: &str) -> anyhow::Error {
-        let error = error.into();
-        if error.chain().any(|e| matches!(e.downcast_ref(), Some(Stop::Interrupted))) {
-            return error;
-        }
-        let error = error.context(Fault::machine(format!(
-            "{what}; the last lines of the serial console:\n{}",
-            indent(&self.console.tail(15))
-        )));
-        self.add_obituary(error)
-    }
-
-    /// A QEMU that was killed or crashed is the host's fault whatever the wait on it says; one that
-    /// ended well was powered off by its guest.
-    fn add_obituary(&mut self, error: anyhow::Error) -> anyhow::Error {
-        match self.death(LAST_MOMENTS) {
-            Some(Death::PoweredOff) => error.context(Fault::machine(Death::PoweredOff.to_string())),
-            Some(broke) => error.context(Fault::host(broke.to_string())),
-            None => error,
-        }
-    }
-
-    /// How it died; `None` while it lives, and when it was asked to power off. Waits for `patience`,
-    /// since a connection breaks some moments before the end of QEMU can be seen.
-    pub(crate) fn death(&mut self, patience: Duration) -> Option<Death> {
-        let patience = Deadline::after(patience, "QEMU's last moments");
-        let Ok(status) = self.qemu.wait(&patience) else { return self.disk_full() };
-        match status.success() {
-            true if self.powered_off => None,
-            true => Some(Death::PoweredOff),
-            false => Some(Death::Broke(self.qemu.obituary())),
-        }
-    }
-
-    /// A machine that lives, and whose disks this host could not keep up with.
-    fn disk_full(&mut self) -> Option<Death> {
-        let deadline = Deadline::after(LAST_MOMENTS, "asking QEMU for disk errors");
-        let error = self.qmp.disk_error(&deadline).ok()??.to_owned();
-        let place = self.workspace.path().display();
-        Some(Death::Broke(format!(
-            "QEMU had an error with a file in {place}, which the guest saw as a broken disk: {error}"
-        )))
-    }
-
-    /// The channel for questions about the machine's state: SSH where it is there, else the agent,
-    /// else the console.
-    pub(super) fn ask(
-        &mut self,
-        cmd: Cmd<'_>,
-        deadline: &Deadline,
-    ) -> Option<Result<Output, ConnectionError>> {
-        if let Some(ssh) = &mut self.ssh {
-            return Some(ssh.run(cmd, deadline));
-        }
-        // Where nobody can log in there is hardly an agent, and it had the whole scenario to start.
-        let patience = if self.launch.image.login.is_some() { AGENT } else { Duration::from_secs(1) };
-        if let Some(agent) = self.agent(&deadline.within(patience, "the guest agent's first answer")) {
-            return Some(agent.run(cmd, deadline));
-        }
-        if self.shell.is_none()
-            && let Some(profile) = &self.launch.image.login
-        {
-            self.shell = self.console.login(profile, deadline).ok();
-        }
-        self.shell.as_mut().map(|shell| shell.run(cmd, deadline))
-    }
-
-    pub(super) fn collect_host_side(&mut self, deadline: &Deadline) {
-        if self.qemu.ended().is_some() {
-            let obituary = self.qemu.obituary();
-            self.note(obituary);
-        } else if let Err(error) = self.take_screenshot("screenshot", deadline) {
-            self.note(format!("no screenshot: {error:#}"));
-        }
-    }
-
-    pub(super) fn file(&self, label: &str, extension: &str, content: &[u8]) {
-        let path = self.launch.evidence.diagnostic(label, extension);
-        if let Err(error) = std::fs::write(&path, content) {
-            self.note(format!("cannot write {}: {error}", path.display()));
-        }
-    }
-
-    pub(super) fn note(&self, text: impl Into<String>) {
-        self.launch.evidence.events().note(text);
-    }
-}
-
-/// An end that nobody asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Death {
-    /// The guest powered it off, or restarted it: machines do not come back.
-    PoweredOff,
-    /// QEMU crashed or was killed, or could not write to the machine's disks: how, and its last words.
-    Broke(String),
-}
-
-impl std::fmt::Display for Death {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::PoweredOff => "the machine powered itself off",
-            Self::Broke(obituary) => obituary,
-        })
-    }
-}
-
-/// A machine that stands still and is about to be saved.
-pub(super) struct Stopped {
-    vm: Vm,
-}
-
-impl Stopped {
-    pub(super) fn qmp(&mut self) -> &mut Qmp {
-        &mut self.vm.qmp
-    }
-
-    pub(super) fn overlays(&self) -> Vec<String> {
-        self.vm.spec.overlays()
-    }
 }
 
 impl Launch {
     pub(super) fn plan(&self, dir: &Path) -> Result<Plan> {
         assemble::plan(&self.name, &self.needs, &self.image, &self.host, &self.key.public_line(), dir)
     }
-}
-
-/// The command that sets a guest's clock to this host's, as it is now.
-fn set_clock() -> String {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    format!("date -u -s @{}.{:09} >/dev/null", now.as_secs(), now.subsec_nanos())
 }
 
 /// Tells the moment of the login prompt without typing anything.

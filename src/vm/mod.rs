@@ -3,6 +3,7 @@
 pub mod accel;
 pub mod assemble;
 mod diagnose;
+mod herd;
 mod identity;
 mod machine;
 pub mod needs;
@@ -13,6 +14,7 @@ mod screen;
 pub mod spec;
 pub mod template;
 
+pub use herd::Herd;
 pub(crate) use machine::{Death, LAST_MOMENTS};
 pub use machine::{Launch, Vm};
 pub use needs::{Boot, Bus, DiskNeed, Firmware, Medium, Needs};

@@ -16,7 +16,6 @@ use std::os::unix::net::UnixStream;
 #[derive(Debug)]
 pub struct Qmp {
     lines: JsonLines,
-    events: Vec<String>,
     disk_error: Option<String>,
     next_id: u64,
     version: String,
@@ -97,8 +96,7 @@ impl Qmp {
     /// [`QmpError::Closed`] when QEMU ended first: its standard error says why.
     pub fn open(stream: UnixStream, deadline: &Deadline) -> Result<Self, QmpError> {
         let lines = JsonLines::new(stream)?;
-        let mut qmp =
-            Self { lines, events: Vec::new(), disk_error: None, next_id: 1, version: String::new() };
+        let mut qmp = Self { lines, disk_error: None, next_id: 1, version: String::new() };
         loop {
             match qmp.message("greeting", deadline)? {
                 Message::Greeting { greeting: Greeting { version } } => {
@@ -109,7 +107,7 @@ impl Qmp {
                     );
                     break;
                 }
-                Message::Event { event, data } => qmp.note(event, &data),
+                Message::Event { event, data } => qmp.note(&event, &data),
                 Message::Answer { .. } => {}
             }
         }
@@ -149,22 +147,6 @@ impl Qmp {
         self.monitor("info usernet", deadline).map(|table| forwarded_port(&table, guest))
     }
 
-    /// Waits for an event by its name; one that came before counts, once.
-    ///
-    /// # Errors
-    /// Any [`QmpError`].
-    pub fn wait_event(&mut self, name: &str, deadline: &Deadline) -> Result<(), QmpError> {
-        loop {
-            if let Some(index) = self.events.iter().position(|e| e == name) {
-                self.events.remove(index);
-                return Ok(());
-            }
-            if let Message::Event { event, data } = self.message(name, deadline)? {
-                self.note(event, &data);
-            }
-        }
-    }
-
     /// The first error that QEMU had with a file of the machine's disks, in its words: the guest saw
     /// a broken disk where this host's is full.
     ///
@@ -176,13 +158,12 @@ impl Qmp {
         Ok(self.disk_error.as_deref())
     }
 
-    fn note(&mut self, event: String, data: &Value) {
+    fn note(&mut self, event: &str, data: &Value) {
         if event == "BLOCK_IO_ERROR" && self.disk_error.is_none() {
             let field = |name: &str| data[name].as_str().unwrap_or("?");
             self.disk_error =
                 Some(format!("{} of {}: {}", field("operation"), field("node-name"), field("reason")));
         }
-        self.events.push(event);
     }
 
     fn call(&mut self, name: &str, arguments: Value, deadline: &Deadline) -> Result<Value, QmpError> {
@@ -192,7 +173,7 @@ impl Qmp {
         self.lines.send(&request, deadline).map_err(|error| broken(name, error))?;
         loop {
             match self.message(name, deadline)? {
-                Message::Event { event, data } => self.note(event, &data),
+                Message::Event { event, data } => self.note(&event, &data),
                 // An answer to a command that was given up on earlier is not ours.
                 Message::Answer { id: of, result, error } if of == id => {
                     return match (result, error) {
@@ -276,12 +257,14 @@ mod tests {
         let stream = peer(&[
             GREETING,
             "{\"return\": {}, \"id\": 1}\r\n",
-            "{\"timestamp\": {\"seconds\": 1, \"microseconds\": 2}, \"event\": \"RESUME\"}\r\n{\"return\": \"hi\\r\\n\", \"id\": 2}\r\n",
+            "{\"timestamp\": {\"seconds\": 1, \"microseconds\": 2}, \"event\": \"BLOCK_IO_ERROR\", \"data\": {\"node-name\": \"d0\", \"operation\": \"write\", \"reason\": \"No space left on device\"}}\r\n{\"return\": \"hi\\r\\n\", \"id\": 2}\r\n",
+            "{\"return\": {\"running\": true, \"singlestep\": false, \"status\": \"running\"}, \"id\": 3}\r\n",
         ]);
         let mut qmp = Qmp::open(stream, &deadline()).expect("opens");
         assert_eq!(qmp.version(), "QEMU emulator version 7.2.22 (Debian)");
         assert_eq!(qmp.monitor("info name", &deadline()).expect("answers"), "hi\r\n");
-        qmp.wait_event("RESUME", &deadline()).expect("was kept");
+        let error = qmp.disk_error(&deadline()).expect("answers");
+        assert_eq!(error, Some("write of d0: No space left on device"));
     }
 
     #[test]

@@ -9,12 +9,13 @@ use super::machine::{Launch, Stopped, Workspace};
 use super::qmp::{Qmp, QmpError};
 use super::spec::Memory;
 use crate::deadline::Deadline;
-use crate::fault::Fault;
+use crate::fault::{Blame, Fault, blame};
 use crate::image::digest;
 use crate::image::store::{Entry, Guard, Kind, Store};
 use crate::record::event::{Event, Events};
-use crate::record::{Evidence, Scratch};
+use crate::record::{Evidence, Outcome, Scratch};
 use anyhow::{Context, Result, bail};
+use jiff::Timestamp;
 use qapi::qmp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -30,13 +31,15 @@ const FORMAT: u32 = 1;
 const RAM: &str = "ram";
 const STATE: &str = "state";
 /// A guest that is never idle is frozen as it is.
-const SETTLE_TIME: Duration = Duration::from_secs(40);
+pub(crate) const SETTLE_TIME: Duration = Duration::from_secs(40);
 /// Templates that were not used for so long go when a new one is made, and then those last used
 /// longest ago until the rest takes no more than this. One takes a quarter of a GiB.
 const KEPT_UNUSED: Duration = Duration::from_secs(14 * 24 * 3600);
 const KEPT_BYTES: u64 = 6 << 30;
 /// The device state is half a MiB; without shared memory it is all of the memory.
-const FREEZE_TIME: Duration = Duration::from_secs(120);
+pub(crate) const FREEZE_TIME: Duration = Duration::from_secs(120);
+/// QEMU answers at once; it closes the file afterwards.
+const CANCEL_TIME: Duration = Duration::from_secs(5);
 
 /// What a template's manifest says beyond what every manifest does.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -120,20 +123,22 @@ pub fn store_in(cache: &Path) -> Result<Store<Frozen>> {
 
 impl Template {
     /// The template for such a machine, from the store, or booted and frozen now. Of several
-    /// processes that want it, one boots; if that fails it fails for all of them.
+    /// processes that want it, one boots; if that fails, it fails for all of the run that began at
+    /// `since`.
     ///
     /// # Errors
     /// What the boot gives.
     pub fn get(
         store: &Store<Frozen>,
         launch: &Launch,
+        since: Timestamp,
         evidence: impl FnOnce() -> Result<Evidence>,
         deadline: &Deadline,
         events: &Events,
     ) -> Result<Self> {
         let key = key(launch)?;
         let name = launch.image.name.as_str();
-        let entry = store.get(&key, name, deadline, events, |dir, log| {
+        let entry = store.get(&key, name, since, deadline, events, |dir, log| {
             // A change of image, QEMU or crate leaves templates that nobody will ask for again.
             store.prune(Some(KEPT_UNUSED), Some(KEPT_BYTES))?;
             freeze(launch, dir, log, evidence()?, deadline)
@@ -218,11 +223,7 @@ impl Checkpoint {
     pub fn fork(&self) -> Result<Vm> {
         let number = self.forks.fetch_add(1, Ordering::Relaxed) + 1;
         let evidence = self.launch.evidence.child(&format!("{}-{number}", self.name))?;
-        Vm::fork(
-            Launch { evidence, watch: Arc::default(), ..self.launch.clone() },
-            self.template.clone(),
-            &self.deadline,
-        )
+        Vm::fork(Launch { evidence, ..self.launch.clone() }, self.template.clone(), &self.deadline)
     }
 }
 
@@ -257,7 +258,7 @@ impl Template {
     /// Turns a state with all the memory in it into one beside the memory.
     fn spread(&mut self, launch: &Launch, deadline: &Deadline) -> Result<()> {
         let evidence = launch.evidence.child("checkpoint")?;
-        let launch = Launch { evidence, watch: Arc::default(), ..launch.clone() };
+        let launch = Launch { evidence, ..launch.clone() };
         let memory = Memory::Shared(self.dir.join(RAM));
         let mut stopped = Vm::load(launch, self, memory, deadline)?;
         let state = self.dir.join("state-beside");
@@ -307,11 +308,14 @@ fn freeze(
     let where_to = evidence.directory().display().to_string();
     std::fs::write(log, format!("{where_to}\n"))
         .with_context(|| Fault::host(format!("cannot write {}", log.display())))?;
-    let launch = Launch { evidence: evidence.clone(), watch: Arc::default(), ..launch.clone() };
+    let launch = Launch { evidence: evidence.clone(), ..launch.clone() };
     let result = boot_and_freeze(launch, dir, deadline);
     let (outcome, reason) = match &result {
-        Ok(_) => (crate::record::Outcome::Passed, None),
-        Err(error) => (crate::record::Outcome::Error, Some(format!("{error:#}"))),
+        Ok(_) => (Outcome::Passed, None),
+        Err(error) => {
+            let failed = blame(error) == Some(Blame::Machine);
+            (if failed { Outcome::Failed } else { Outcome::Error }, Some(format!("{error:#}")))
+        }
     };
     evidence.finish(outcome, reason.as_deref())?;
     result.with_context(|| format!("booting the machine to fork from; its evidence is in {where_to}"))
@@ -362,7 +366,11 @@ fn migrate_to(qmp: &mut Qmp, state: &Path, deadline: &Deadline) -> Result<()> {
                 bail!(cannot().fix(fix).because(anyhow::anyhow!(why)));
             }
             _ => {
-                deadline.check().with_context(cannot)?;
+                if let Err(stop) = deadline.check() {
+                    let end = Deadline::after(CANCEL_TIME, "giving up on saving the machine's state");
+                    qmp.execute(&qmp::migrate_cancel {}, &end).with_context(cannot)?;
+                    return Err(stop).with_context(cannot);
+                }
                 std::thread::sleep(deadline.slice(Duration::from_millis(5)));
             }
         }

@@ -27,7 +27,7 @@ fn write_image(dir: &Path, log: &Path) -> Result<Built> {
 }
 
 fn get(store: &Store<Built>, key: &str, name: &str) -> Result<Entry<Built>> {
-    store.get(key, name, &deadline(), &Events::silent(), write_image)
+    store.get(key, name, Timestamp::now(), &deadline(), &Events::silent(), write_image)
 }
 
 fn must_not_build(_: &Path, _: &Path) -> Result<Built> {
@@ -42,7 +42,9 @@ fn an_entry_is_built_once_and_whole() {
     assert_eq!(fs::read_to_string(entry.dir.join(LOG)).expect("is there"), "a log");
     let record = &entry.manifest.files["image.iso"];
     assert_eq!((record.bytes, record.sha256.as_ref().map(String::len)), (8, Some(64)));
-    let again = store.get(KEY, "mine", &deadline(), &Events::silent(), must_not_build).expect("is there");
+    let again = store
+        .get(KEY, "mine", Timestamp::now(), &deadline(), &Events::silent(), must_not_build)
+        .expect("is there");
     assert_eq!(again.manifest, entry.manifest);
     let names: Vec<_> = store.names().expect("reads");
     assert!(!names.iter().any(|name| name.starts_with("tmp-") || name.ends_with(".log")), "{names:?}");
@@ -55,7 +57,8 @@ fn a_failed_build_leaves_its_log_and_nothing_else() {
         write_image(dir, log)?;
         bail!(Fault::host("the mirror is gone"))
     };
-    let error = store.get(KEY, "mine", &deadline(), &Events::silent(), fail).expect_err("fails");
+    let error =
+        store.get(KEY, "mine", Timestamp::now(), &deadline(), &Events::silent(), fail).expect_err("fails");
     assert!(format!("{error:#}").contains("the mirror is gone"));
     assert!(!store.dir.join(KEY).exists() && !store.dir.join(format!("tmp-{KEY}")).exists());
     assert_eq!(fs::read_to_string(store.path(KEY, "log")).expect("stays"), "a log");
@@ -77,7 +80,9 @@ fn a_damaged_entry_is_built_anew_with_a_warning() {
         let entry = get(&store, KEY, "mine").expect("builds");
         damage(&entry.dir).expect("is damaged");
         let notes = Notes::default();
-        let entry = store.get(KEY, "mine", &deadline(), &notes.events(), write_image).expect("builds anew");
+        let entry = store
+            .get(KEY, "mine", Timestamp::now(), &deadline(), &notes.events(), write_image)
+            .expect("builds anew");
         assert_eq!(fs::read_to_string(entry.dir.join("image.iso")).expect("is there"), "an image");
         assert!(notes.any("is damaged"), "{notes:?}");
     }
@@ -94,11 +99,26 @@ fn of_many_who_want_it_one_builds() {
                     builds.fetch_add(1, Ordering::SeqCst);
                     write_image(dir, log)
                 };
-                open(&store.dir).get(KEY, "mine", &deadline(), &Events::silent(), build).expect("gets it");
+                open(&store.dir)
+                    .get(KEY, "mine", Timestamp::now(), &deadline(), &Events::silent(), build)
+                    .expect("gets it");
             });
         }
     });
     assert_eq!(builds.into_inner(), 1);
+}
+
+#[test]
+fn a_build_fails_once_in_a_run_and_is_tried_again_in_the_next() {
+    let (_dir, store) = store();
+    let run = Timestamp::now();
+    let fail = |_: &Path, _: &Path| -> Result<Built> { bail!(Fault::machine("it panics")) };
+    store.get(KEY, "mine", run, &deadline(), &Events::silent(), fail).expect_err("fails");
+    let again = store.get(KEY, "mine", run, &deadline(), &Events::silent(), must_not_build);
+    let error = again.expect_err("fails at once");
+    assert!(format!("{error:#}").contains("before in this run:\nit panics"), "{error:#}");
+    assert_eq!(blame(&error), Some(Blame::Machine), "whose fault it is stays");
+    get(&store, KEY, "mine").expect("the next run builds");
 }
 
 #[test]
@@ -117,12 +137,12 @@ fn who_waited_for_a_build_that_failed_fails_with_its_words() {
                 }
                 bail!("no such package")
             };
-            store.get(KEY, "mine", &deadline(), &Events::silent(), build)
+            store.get(KEY, "mine", Timestamp::now(), &deadline(), &Events::silent(), build)
         });
         begun.recv().expect("begins");
-        let waited = store.get(KEY, "mine", &deadline(), &notes.events(), must_not_build);
+        let waited = store.get(KEY, "mine", Timestamp::now(), &deadline(), &notes.events(), must_not_build);
         let text = format!("{:#}", waited.expect_err("fails too"));
-        assert!(text.contains("by someone else") && text.contains("no such package"), "{text}");
+        assert!(text.contains("before in this run") && text.contains("no such package"), "{text}");
         assert!(first.join().expect("joins").is_err());
     });
     assert!(notes.any(&format!("process {}", std::process::id())), "says for whom: {notes:?}");
@@ -178,7 +198,8 @@ fn what_a_killed_builder_left_is_swept_and_built_by_the_next() {
                 std::thread::park();
             }
         };
-        let _ = open(Path::new(&dir)).get(KEY, "mine", &deadline(), &Events::silent(), build);
+        let _ =
+            open(Path::new(&dir)).get(KEY, "mine", Timestamp::now(), &deadline(), &Events::silent(), build);
         return;
     }
     let (_dir, store) = store();
@@ -193,7 +214,9 @@ fn what_a_killed_builder_left_is_swept_and_built_by_the_next() {
     open(&store.dir);
     assert!(temporary.exists(), "a build that runs is left alone");
     let short = Deadline::after(Duration::from_millis(100), "test");
-    let error = store.get(KEY, "mine", &short, &Events::silent(), must_not_build).expect_err("has to wait");
+    let error = store
+        .get(KEY, "mine", Timestamp::now(), &short, &Events::silent(), must_not_build)
+        .expect_err("has to wait");
     assert!(format!("{error:#}").contains(&format!("process {}", builder.id())), "{error:#}");
 
     let waiter = std::thread::spawn({

@@ -1,0 +1,147 @@
+//! The end of a machine: whose fault it was, what it leaves behind.
+
+use super::{AGENT, LAST_MOMENTS, Vm, indent};
+use crate::connection::{Cmd, Connection, ConnectionError, Output};
+use crate::deadline::{Deadline, Stop};
+use crate::fault::Fault;
+use crate::vm::diagnose;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+/// An end that nobody asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Death {
+    /// The guest powered it off, or restarted it: machines do not come back.
+    PoweredOff,
+    /// QEMU crashed or was killed, or could not write to the machine's disks: how, and its last words.
+    Broke(String),
+}
+
+impl std::fmt::Display for Death {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::PoweredOff => "the machine powered itself off",
+            Self::Broke(obituary) => obituary,
+        })
+    }
+}
+
+impl Vm {
+    /// Files the evidence that every run has, and more when it did not pass; then ends the machine.
+    pub fn finish(mut self, passed: bool) {
+        if let (Some(template), Ok(private)) = (&self.template, self.private_memory()) {
+            template.learn(private);
+        }
+        self.collect(passed);
+    }
+
+    /// Collects what the machine can still say, once.
+    pub(super) fn collect(&mut self, passed: bool) {
+        if !std::mem::replace(&mut self.collected, true) {
+            diagnose::collect(self, passed);
+        }
+    }
+
+    /// Turns the end of a wait into an error that says whose fault it is and what was last seen.
+    pub(super) fn explain(&mut self, error: impl Into<anyhow::Error>, what: &str) -> anyhow::Error {
+        let error = error.into();
+        if error.chain().any(|e| matches!(e.downcast_ref(), Some(Stop::Interrupted))) {
+            return error;
+        }
+        self.trouble.store(true, Ordering::SeqCst);
+        let error = error.context(Fault::machine(format!(
+            "{what}; the last lines of the serial console:\n{}",
+            indent(&self.console.tail(15))
+        )));
+        self.add_obituary(error)
+    }
+
+    /// A QEMU that was killed or crashed is the host's fault whatever the wait on it says; one that
+    /// ended well was powered off by its guest.
+    pub(super) fn add_obituary(&mut self, error: anyhow::Error) -> anyhow::Error {
+        match self.death(LAST_MOMENTS) {
+            Some(Death::PoweredOff) => error.context(Fault::machine(Death::PoweredOff.to_string())),
+            Some(broke) => error.context(Fault::host(broke.to_string())),
+            None => error,
+        }
+    }
+
+    /// How it died; `None` while it lives, and when it was asked to power off. Waits for `patience`,
+    /// since a connection breaks some moments before the end of QEMU can be seen.
+    pub(crate) fn death(&mut self, patience: Duration) -> Option<Death> {
+        let patience = Deadline::after(patience, "QEMU's last moments");
+        let Ok(status) = self.qemu.wait(&patience) else { return self.disk_full() };
+        match status.success() {
+            true if self.powered_off => None,
+            true => Some(Death::PoweredOff),
+            false => Some(Death::Broke(self.qemu.obituary())),
+        }
+    }
+
+    /// A machine that lives, and whose disks this host could not keep up with.
+    fn disk_full(&mut self) -> Option<Death> {
+        let deadline = Deadline::after(LAST_MOMENTS, "asking QEMU for disk errors");
+        let error = self.qmp.disk_error(&deadline).ok()??.to_owned();
+        let place = self.workspace.path().display();
+        Some(Death::Broke(format!(
+            "QEMU had an error with a file in {place}, which the guest saw as a broken disk: {error}"
+        )))
+    }
+
+    /// The channel for questions about the machine's state: SSH where it is there, else the agent,
+    /// else the console.
+    pub(in crate::vm) fn ask(
+        &mut self,
+        cmd: Cmd<'_>,
+        deadline: &Deadline,
+    ) -> Option<Result<Output, ConnectionError>> {
+        if let Some(ssh) = &mut self.ssh {
+            return Some(ssh.run(cmd, deadline));
+        }
+        // Where nobody can log in there is hardly an agent, and it had the whole scenario to start.
+        let patience = if self.launch.image.login.is_some() { AGENT } else { Duration::from_secs(1) };
+        if let Some(agent) = self.agent(&deadline.within(patience, "the guest agent's first answer")) {
+            return Some(agent.run(cmd, deadline));
+        }
+        if self.shell.is_none()
+            && let Some(profile) = &self.launch.image.login
+        {
+            self.shell = self.console.login(profile, deadline).ok();
+        }
+        self.shell.as_mut().map(|shell| shell.run(cmd, deadline))
+    }
+
+    pub(in crate::vm) fn collect_host_side(&mut self, deadline: &Deadline) {
+        if self.qemu.ended().is_some() {
+            let obituary = self.qemu.obituary();
+            self.note(obituary);
+        } else if let Err(error) = self.take_screenshot("screenshot", deadline) {
+            self.note(format!("no screenshot: {error:#}"));
+        }
+    }
+
+    pub(in crate::vm) fn file(&self, label: &str, extension: &str, content: &[u8]) {
+        let path = self.launch.evidence.diagnostic(label, extension);
+        if let Err(error) = std::fs::write(&path, content) {
+            self.note(format!("cannot write {}: {error}", path.display()));
+        }
+    }
+
+    pub(in crate::vm) fn note(&self, text: impl Into<String>) {
+        self.launch.evidence.events().note(text);
+    }
+}
+
+/// A machine that its scenario made itself ends before the verdict is known: it leaves its evidence
+/// if anything went wrong with it, and how it died if it did.
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if self.collected || !(self.trouble.load(Ordering::SeqCst) || std::thread::panicking()) {
+            return;
+        }
+        if let Some(death) = self.death(Duration::ZERO) {
+            self.launch.herd.died(death);
+        }
+        self.collect(false);
+    }
+}
