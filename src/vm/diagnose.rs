@@ -42,6 +42,9 @@ const PER_QUESTION: Duration = Duration::from_secs(10);
 /// All answers together: evidence must not become the run.
 const IN_ALL: Duration = Duration::from_secs(45);
 
+/// Of each answer, the last so many bytes: a machine that floods its journal does not flood us.
+const LONGEST: u32 = 8 << 20;
+
 /// Collects what the machine can still say.
 ///
 /// A machine that is gone leaves its exit and standard error; one whose channels are dead leaves a
@@ -61,7 +64,8 @@ pub(crate) fn collect(vm: &mut Vm, passed: bool) {
             return;
         }
         let within = deadline.within(PER_QUESTION, "one question of the evidence");
-        match vm.ask(Cmd::new(question.line).allow_failure(), &within) {
+        let line = format!("{{ {}; }} | tail -c {LONGEST}", question.line);
+        match vm.ask(Cmd::new(line).allow_failure(), &within) {
             Some(Ok(output)) => vm.file(question.label, "txt", &output.stdout),
             Some(Err(error)) => vm.note(format!("cannot collect `{}`: {error}", question.label)),
             None => {

@@ -194,6 +194,40 @@ fn a_command_that_hangs_fails_and_spoils_nothing() {
 }
 
 #[test]
+fn a_fork_that_its_scenario_made_says_how_it_ended() {
+    let place = Place::with_images();
+    let run = place.run("machines", &["sibling_"], &[]);
+    let records = place.records();
+    let [fails, off] = &records[..] else { panic!("two records: {run:?}") };
+    assert_eq!((fails.outcome, off.outcome), (Outcome::Failed, Outcome::Failed), "{run:?}");
+    assert!(reason(off).starts_with("the machine powered itself off\nseen as: "), "{}", reason(off));
+    let scenario = fails.metadata.as_deref().and_then(Path::parent).expect("a directory");
+    for file in ["dmesg-02.txt", "lsblk-06.txt"] {
+        assert!(scenario.join("sibling-1/logs/diagnostics").join(file).exists(), "no {file}");
+    }
+    place.is_deserted();
+}
+
+#[test]
+fn a_template_that_does_not_boot_is_booted_once_in_a_run() {
+    let place = Place::new();
+    let image = place.path("disk.img");
+    boot_sector(&image, "Loading...\r\n");
+    let image = image.to_str().expect("UTF-8");
+    let variables = [("SHAKEDOWN_IMAGE", image), ("BOOT_IMAGE_VM_LOGIN_TIMEOUT", "1")];
+    // answers, body_panics, command_hangs.
+    let run = place.run("machines", &["an", "--skip", "body_hangs"], &variables);
+    let records = place.records();
+    assert!(records.iter().all(|record| record.outcome == Outcome::Failed), "{run:?}");
+    let again = records.iter().filter(|record| reason(record).contains("before in this run")).count();
+    assert_eq!((records.len(), again), (3, 2), "{run:?}");
+    assert!(records.iter().all(|record| reason(record).contains("/template-disk-img")), "{run:?}");
+    let latest = std::fs::read_dir(place.path("notes/latest")).expect("reads").flatten();
+    let boots = latest.filter(|entry| entry.file_name().to_string_lossy().starts_with("template-")).count();
+    assert_eq!(boots, 1, "{run:?}");
+}
+
+#[test]
 fn what_never_comes_is_waited_for_until_the_scenario_s_time_is_up() {
     let place = Place::with_images();
     let run = place.run("machines", &["time_is_up"], &[]);

@@ -93,6 +93,7 @@ fn a_checkpoint_keeps_memory_and_disks_and_the_machine_goes_on(vm: &mut Vm) -> R
         "mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt && echo seeded > /mnt/file && echo here > /run/memory && \
          sh -c 'while :; do date +%N > /run/alive; sleep 0.05; done' >/dev/null 2>&1 &",
     )?;
+    vm.console()?.run("true")?;
     let seeded = vm.checkpoint("seeded")?;
     vm.shell()?.run("echo changed > /mnt/file; sync")?;
     for variation in ["one", "two"] {
@@ -102,7 +103,10 @@ fn a_checkpoint_keeps_memory_and_disks_and_the_machine_goes_on(vm: &mut Vm) -> R
         )?;
         ensure!(found.text() == "seeded\nhere\nalive\n", "fork {variation} has {:?}", found.text());
         fork.shell()?.run(format!("echo {variation} > /mnt/file; sync"))?;
+        let same = fork.console()?.run("cat /mnt/file")?;
+        ensure!(same.trimmed() == variation, "on the console it is {:?}", same.text());
     }
+    vm.console()?.run("true")?;
     let own = vm.shell()?.run("cat /mnt/file")?;
     ensure!(own.trimmed() == "changed", "the machine itself has {:?}", own.text());
     Ok(())

@@ -53,6 +53,17 @@ fn disk_is_filled(vm: &mut Vm) -> Result<()> {
     Ok(())
 }
 
+#[scenario(markers = [broken])]
+fn sibling_powers_off(vm: &mut Vm) -> Result<()> {
+    let mut sibling = vm.origin().context("a fork")?.fork()?;
+    sibling.ssh()?.run("poweroff -f; sleep 1000").map(drop)
+}
+
+#[scenario(markers = [broken])]
+fn sibling_fails(vm: &mut Vm) -> Result<()> {
+    vm.origin().context("a fork")?.fork()?.shell()?.run("exit 3").map(drop)
+}
+
 /// Looks at neither deadline nor machine.
 #[scenario(markers = [broken], boot = cold, timeout = "5s")]
 fn body_hangs(_: &mut Vm) {

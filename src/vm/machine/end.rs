@@ -139,7 +139,7 @@ impl Drop for Vm {
         if self.collected || !(self.trouble.load(Ordering::SeqCst) || std::thread::panicking()) {
             return;
         }
-        if let Some(death) = self.death(Duration::ZERO) {
+        if let Some(death) = self.death(LAST_MOMENTS) {
             self.launch.herd.died(death);
         }
         self.collect(false);
