@@ -2,6 +2,7 @@
 //!
 //! The binaries are the examples in `tests/selftest/`, most of whose scenarios fail on purpose.
 
+mod budget;
 mod debug;
 mod faults;
 mod input;
