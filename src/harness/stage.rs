@@ -25,8 +25,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Building an image from nothing takes one to two minutes; a slow network some more.
-const PREPARATION: Duration = Duration::from_secs(1800);
+/// Building a Debian image from nothing takes one to two minutes, a NixOS one was seen to take 35; a
+/// slow network some more.
+const PREPARATION: Duration = Duration::from_secs(2 * 3600);
 /// A scenario may use more memory than those before it did.
 const FORK_MARGIN_MIB: u32 = 64;
 /// What diagnostics and power-off may take, which bound themselves, before the machine is killed.

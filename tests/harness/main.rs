@@ -7,5 +7,6 @@ mod debug;
 mod faults;
 mod input;
 mod kills;
+mod nix;
 mod runs;
 mod support;
