@@ -137,6 +137,38 @@ fn without_network_it_says_what_to_do() {
     }
 }
 
+/// As far as it goes without nixpkgs: all of it is Nix, its names are in scope, its files are there.
+#[test]
+fn the_nixos_flake_evaluates_with_a_stand_in_for_nixpkgs() {
+    let place = Place::new();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let flake = format!("path:{}", root.join("nix").display());
+    let stand_in = format!("path:{}", root.join("fixtures/nixpkgs").display());
+    let run = |arguments: &[&str]| {
+        let mut command = Command::new("nix");
+        command.args(["--extra-experimental-features", "nix-command flakes"]).args(arguments);
+        command.args(["--no-write-lock-file", "--override-input", "nixpkgs", &stand_in]);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).envs(nix(&place));
+        let ended = finish(command);
+        assert_eq!(ended.code, Some(0), "{ended:?}");
+        ended.out
+    };
+    run(&["flake", "check", &flake, "--no-build"]);
+    run(&["eval", "--raw", &format!("{flake}#devShells.x86_64-linux.default.drvPath")]);
+    let settings = run(&["eval", "--raw", &format!("{flake}#bootImage.settings")]);
+    let settings: Value = serde_json::from_str(&settings).expect("JSON");
+    let [machine] = &settings.as_array().expect("a list")[..] else { panic!("one module: {settings}") };
+    assert_eq!(machine["boot"]["kernelParams"][1], "console=ttyS0,115200");
+    let key = &machine["systemd"]["tmpfiles"]["settings"]["50-shakedown"]["/root/.ssh/authorized_keys"]["f^"];
+    assert_eq!(key["argument"], "ssh.authorized_keys.root");
+    for enabled in
+        [&machine["services"]["openssh"], &machine["services"]["qemuGuest"], &machine["boot"]["swraid"]]
+    {
+        assert_eq!(enabled["enable"], true, "{machine}");
+    }
+    assert!(machine["environment"].to_string().contains("-cleanup-storage\""), "{machine}");
+}
+
 /// What other versions of nix say, by a program in its place.
 #[test]
 fn other_versions_of_nix_are_coped_with() {
