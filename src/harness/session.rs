@@ -8,7 +8,7 @@
 //! Under nextest each scenario is a process, and none sees the whole: there only the clock decides,
 //! which began with the first process of the run.
 
-use super::budget::{self, Job, Lanes, Slot, about};
+use super::budget::{self, Job, Lanes, about};
 use super::scenario::Scenario;
 use super::slots;
 use super::stage::Run;
@@ -24,7 +24,6 @@ use crate::vm::{Boot, accel};
 use anyhow::Result;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// What the budget is called.
@@ -43,7 +42,8 @@ pub(super) struct Session {
     estimates: HashMap<&'static str, Duration>,
     /// What does not run, and why.
     deferred: HashMap<&'static str, Verdict>,
-    begun: AtomicBool,
+    /// The first one runs however long it is.
+    first: Option<&'static str>,
 }
 
 impl Session {
@@ -66,7 +66,7 @@ impl Session {
             limit: run.session_budget(),
             estimates: HashMap::new(),
             deferred: HashMap::new(),
-            begun: AtomicBool::new(false),
+            first: scenarios.first().map(|scenario| scenario.name),
         };
         // Without a run directory there is no run. Each scenario says so, with what to do.
         let (Some(limit), false) = (session.limit, scenarios.is_empty()) else { return Ok(session) };
@@ -98,15 +98,19 @@ impl Session {
         };
         let jobs: Vec<_> = scenarios.iter().map(job).collect();
         let slots = budget::plan(&jobs, lanes, spent, limit);
-        let late = |(scenario, slot): (&&'static Scenario, Slot)| {
-            let reason = format!(
+        let reason = |end| {
+            format!(
                 "it would end {} into the run, by the ledger's medians, and the budget is {} ({VARIABLE})",
-                about(slot.end),
+                about(end),
                 about(limit)
-            );
-            (!slot.fits).then(|| (*scenario, reason))
+            )
         };
-        let deferred: Vec<_> = scenarios.iter().zip(slots).filter_map(late).collect();
+        let deferred: Vec<_> = scenarios
+            .iter()
+            .zip(slots)
+            .filter(|(_, slot)| !slot.fits)
+            .map(|(scenario, slot)| (*scenario, reason(slot.end)))
+            .collect();
         if deferred.is_empty() {
             return Ok(());
         }
@@ -139,7 +143,7 @@ impl Session {
             return Some(verdict.clone());
         }
         let limit = self.limit?;
-        let first = !self.begun.swap(true, Ordering::SeqCst) && !self.run.joined();
+        let first = self.first == Some(scenario.name) && !self.run.joined();
         let spent = self.run.elapsed().ok()?;
         let estimate = self.estimate(scenario);
         if first || process::interrupted() || spent + estimate.unwrap_or_default() <= limit {

@@ -82,7 +82,9 @@ pub(super) fn open(
         .with_context(|| Fault::host(format!("{} cannot be used as an image", file.display())))?;
     let beside = PathBuf::from(format!("{}.toml", file.display()));
     let described = if table.is_empty() { read(&beside)? } else { describe(table.clone(), base)? };
-    let Access { firmware, login, key } = described.access(found.firmware)?;
+    let Access { firmware, login, key } = described
+        .access(found.firmware)
+        .with_context(|| Fault::host(format!("the description of {} is wrong", file.display())))?;
     Ok(Image {
         name: name.to_owned(),
         recipe: None,
@@ -124,7 +126,7 @@ impl Description {
     /// `found`: the firmware that the content of the image speaks of.
     fn access(self, found: Vec<Firmware>) -> Result<Access> {
         let firmware = match self.firmware {
-            Some(names) if names.is_empty() => bail!(Fault::host("`firmware` of the image is empty")),
+            Some(names) if names.is_empty() => bail!(Fault::host("`firmware` is empty")),
             Some(names) => names.into_iter().map(Firmware::from).collect(),
             None => found,
         };
@@ -194,12 +196,12 @@ fn describe(table: Table, base: &Path) -> Result<Description> {
     Ok(described)
 }
 
-/// What the table of a prebuilt image may say besides `file`.
+/// What the table of an image may say of it, besides the keys that say `whence` it comes.
 ///
 /// # Errors
 /// Names the key.
-pub(super) fn check(table: &Table) -> Result<()> {
-    known_keys(table, &KEYS)
+pub(super) fn check(table: &Table, whence: &[&str]) -> Result<()> {
+    known_keys(table, &[whence, &KEYS].concat())
 }
 
 /// What a file's content says.

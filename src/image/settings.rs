@@ -79,8 +79,10 @@ impl Nix {
             );
         }
         let attribute = table.get("attribute").map_or(Ok("bootImage"), |name| text(name, "attribute"))?;
+        // Nix's identifiers: https://nix.dev/manual/nix/stable/language/identifiers
         let part = |part: &str| {
-            !part.is_empty() && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_'".contains(c))
+            part.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_'".contains(c))
         };
         if !attribute.split('.').all(part) {
             bail!("`attribute` has {attribute:?}, which is no attribute of a flake");
@@ -89,7 +91,7 @@ impl Nix {
         for key in NIX_KEYS {
             description.remove(key);
         }
-        super::prebuilt::check(&description)?;
+        super::prebuilt::check(table, &NIX_KEYS)?;
         Ok(Self { directory, untracked: path != flake, attribute: attribute.to_owned(), description })
     }
 }
@@ -115,7 +117,7 @@ impl Source {
             let file = base.join(text(file, "file")?);
             let mut description = table.clone();
             description.remove("file");
-            super::prebuilt::check(&description)?;
+            super::prebuilt::check(table, &["file"])?;
             return Ok(Self::File { file, description });
         }
         let recipe = match table.get("recipe") {
@@ -239,7 +241,7 @@ mod tests {
             ("recipe='debian'\npackages=['--option']", &["no package's name"]),
             ("recipe='debian'\npackages=['perl-']", &["no package's name"]),
             ("recipe='debian'\ncmdline='a;b'", &["';'"]),
-            ("recipe='nix'\nflke='x'", &["`flke`", "Known are", "`user`"]),
+            ("recipe='nix'\nflke='x'", &["`flke`", "did you mean `flake`?", "`user`"]),
             ("recipe='nix'\nflake='a b'", &["/project/a b", "' '"]),
             ("recipe='nix'\nattribute='a#b'", &["`attribute`", "no attribute"]),
             ("recipe='nix'\nattribute='--impure'", &["no attribute"]),
