@@ -239,7 +239,10 @@ fn run(
         .map(|(scenario, reason)| trial(&run, &session, &tally, &arguments, scenario, reason))
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
-    run.end()?;
+    // Then it looks like one that was killed; what it has found stands.
+    if let Err(error) = run.end() {
+        eprintln!("note: {}", verdict::explain(&error));
+    }
     if let Some(line) = tally.summary(&run, not_selected, selection.as_ref()) {
         eprintln!("{line}");
     }
