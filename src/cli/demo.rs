@@ -11,7 +11,6 @@ use shakedown::harness::{self, Body, Scenario, Settings};
 use shakedown::record::event::Events;
 use shakedown::record::{Environment, Outcome};
 use shakedown::vm::{Boot, Bus, DiskNeed, Medium, Needs, Vm};
-use std::collections::BTreeMap;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -66,7 +65,7 @@ impl Demo {
         let begun = Instant::now();
         let here = std::env::current_dir().context("cannot tell the current directory")?;
         let environment = Environment::read(&here)?;
-        let mut diagnosis = Diagnosis::make(BTreeMap::new())?;
+        let mut diagnosis = Diagnosis::make(Settings::default())?;
         if !diagnosis.ok {
             diagnosis = diagnosis.treat(self.yes)?;
         }

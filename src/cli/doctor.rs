@@ -14,7 +14,6 @@ use shakedown::host::tools::{Part, install_fix};
 use shakedown::host::{self, Report, State};
 use shakedown::process;
 use shakedown::vm::accel::{self, Accel, Kind};
-use std::collections::BTreeMap;
 use std::io::{self, IsTerminal};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -49,21 +48,21 @@ pub(super) struct Diagnosis {
     pub(super) accelerator: Option<Accel>,
     /// What the project adds, to look again after an installation.
     #[serde(skip)]
-    project: BTreeMap<String, String>,
+    project: Settings,
 }
 
-/// What the project in the current directory needs besides, if there is one.
-fn project_tools() -> Result<BTreeMap<String, String>> {
+/// The project in the current directory, if there is one.
+fn project() -> Result<Settings> {
     match std::fs::read_to_string("Cargo.toml") {
-        Ok(manifest) => Ok(Settings::parse(&manifest)?.tools),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeMap::new()),
+        Ok(manifest) => Settings::parse(&manifest),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Settings::default()),
         Err(error) => Err(error).context(Fault::host("cannot read Cargo.toml")),
     }
 }
 
 impl Doctor {
     pub(super) fn run(self) -> Result<Verdict> {
-        let mut diagnosis = Diagnosis::make(project_tools()?)?;
+        let mut diagnosis = Diagnosis::make(project()?)?;
         if self.install {
             diagnosis = diagnosis.treat(self.yes)?;
         }
@@ -77,13 +76,16 @@ impl Doctor {
 }
 
 impl Diagnosis {
-    pub(super) fn make(project: BTreeMap<String, String>) -> Result<Self> {
+    pub(super) fn make(project: Settings) -> Result<Self> {
         let logs = std::env::var_os("BOOT_IMAGE_VM_LOG_ROOT").filter(|value| !value.is_empty());
         let logs = logs.map_or_else(|| PathBuf::from("notes"), PathBuf::from);
         // A prebuilt image needs no tools to build one.
         let prebuilt = std::env::var_os("SHAKEDOWN_IMAGE").is_some_and(|value| !value.is_empty());
-        let parts: &[_] = if prebuilt { &[Part::Machines] } else { &[Part::Machines, Part::Image] };
-        let report = Report::collect(parts, &project, &host::cache_dir()?, &logs);
+        let mut parts = if prebuilt { vec![Part::Machines] } else { vec![Part::Machines, Part::Image] };
+        if project.has_recipe("nix") {
+            parts.push(Part::Nix);
+        }
+        let report = Report::collect(&parts, &project.tools, &host::cache_dir()?, &logs);
         let deadline = Deadline::after(Duration::from_secs(60), "doctor");
         let accelerator = match accel::detect_afresh(&deadline) {
             Ok(accelerator) => Some(accelerator),

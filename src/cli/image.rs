@@ -13,8 +13,8 @@ use shakedown::image::{Built, Images};
 use shakedown::record::event::Events;
 use std::time::{Duration, Instant};
 
-/// A build takes one to two minutes, a slow mirror some more.
-const BUILD: Duration = Duration::from_secs(3600);
+/// A Debian build takes one to two minutes, a NixOS one was seen to take 35; a slow network some more.
+const BUILD: Duration = Duration::from_secs(2 * 3600);
 
 /// Build boot images, and look after the store that keeps them.
 #[derive(clap::Args)]

@@ -1,6 +1,6 @@
-//! The command line of a test binary: libtest's, and `-m`.
+//! The command line of a test binary: libtest's, `-m` and `--deferred`.
 //!
-//! `-m` is taken out before libtest-mimic reads the rest. Nextest passes no options of its own to
+//! Ours are taken out before libtest-mimic reads the rest. Nextest passes no options of its own to
 //! test binaries, so the environment variable does the same as `-m`.
 
 use super::marker::{Known, Selection};
@@ -16,7 +16,17 @@ pub(crate) const MARKERS_VARIABLE: &str = "SHAKEDOWN_MARKERS";
 struct Split {
     rest: Vec<OsString>,
     markers: Option<String>,
+    deferred: bool,
     help: bool,
+}
+
+/// What the command line says.
+#[derive(Debug)]
+pub(crate) struct CommandLine {
+    pub(crate) arguments: Arguments,
+    pub(crate) selection: Option<Selection>,
+    /// Only what earlier runs put off.
+    pub(crate) deferred: bool,
 }
 
 fn split(arguments: impl IntoIterator<Item = OsString>) -> Result<Split> {
@@ -30,6 +40,10 @@ fn split(arguments: impl IntoIterator<Item = OsString>) -> Result<Split> {
                 split.rest.push(argument);
                 split.rest.extend(arguments);
                 break;
+            }
+            "--deferred" => {
+                split.deferred = true;
+                continue;
             }
             "-m" | "--markers" => match arguments.next() {
                 Some(value) => value.to_string_lossy().into_owned(),
@@ -54,11 +68,8 @@ fn split(arguments: impl IntoIterator<Item = OsString>) -> Result<Split> {
 /// Reads the command line. Prints help or libtest-mimic's own complaints and exits where it must.
 ///
 /// # Errors
-/// When the marker expression is wrong.
-pub(crate) fn parse(
-    arguments: impl IntoIterator<Item = OsString>,
-    known: &Known,
-) -> Result<(Arguments, Option<Selection>)> {
+/// When the marker expression is wrong, or options contradict each other.
+pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>, known: &Known) -> Result<CommandLine> {
     let split = split(arguments)?;
     if split.help {
         print!("{}", help(known));
@@ -72,16 +83,22 @@ pub(crate) fn parse(
             _ => None,
         },
     };
-    Ok((Arguments::from_iter(split.rest), selection))
+    let arguments = Arguments::from_iter(split.rest);
+    if split.deferred && arguments.ignored {
+        bail!("--deferred and --ignored exclude each other: what is deferred was asked for");
+    }
+    Ok(CommandLine { arguments, selection, deferred: split.deferred })
 }
 
 fn help(known: &Known) -> String {
     format!(
-        "Scenarios can be selected by marker, besides all that `cargo test` knows:\n\n\
+        "Besides all that `cargo test` knows, scenarios can be selected by:\n\n\
          \x20 -m, --markers <EXPRESSION>  `slow`, `all(vm, not(slow))`, `any(slow, nightly)`.\n\
          \x20                             Scenarios with a marker that it names run even where the\n\
          \x20                             settings ignore that marker. {MARKERS_VARIABLE} does\n\
-         \x20                             the same; -m wins.\n\n\
+         \x20                             the same; -m wins.\n\
+         \x20     --deferred              Only those that earlier runs put off because of\n\
+         \x20                             SHAKEDOWN_SESSION_BUDGET, the oldest first.\n\n\
          Markers:\n{}\n",
         known.describe()
     )
@@ -103,6 +120,19 @@ mod tests {
             assert_eq!(split.markers.as_deref(), Some("vm"), "{arguments:?}");
             assert_eq!(split.rest, ["test", "--list", "name"], "{arguments:?}");
         }
+    }
+
+    #[test]
+    fn what_was_deferred_is_asked_for_by_a_flag() {
+        let split = of(&["--deferred", "name"]).expect("splits");
+        assert!(split.deferred);
+        assert_eq!(split.rest, ["test", "name"]);
+        assert!(!of(&["--", "--deferred"]).expect("splits").deferred);
+        let known = Known::default();
+        let parse = |arguments: &[&str]| parse(["test"].iter().chain(arguments).map(OsString::from), &known);
+        let error = parse(&["--deferred", "--ignored"]).expect_err("contradicts").to_string();
+        assert!(error.contains("exclude each other"), "{error}");
+        assert!(parse(&["--deferred", "--include-ignored"]).expect("is fine").deferred);
     }
 
     #[test]

@@ -15,12 +15,18 @@
 //! ignored scenario prints its reason and gets a ledger line. Under `cargo nextest` ignored
 //! scenarios are never started, and so leave no line.
 //!
+//! A run has a budget of time, `SHAKEDOWN_SESSION_BUDGET`. What does not fit into it, by the medians
+//! of the ledger and by the clock, is *deferred*: told, in the ledger, and queued in
+//! `deferred.jsonl`, which `--deferred` works off. Under nextest a deferred scenario counts as one
+//! that failed, since nextest would call it passed otherwise.
+//!
 //! # How it ends
 //!
 //! Exit status 0: all that ran has passed. 101: something `failed` or ended in `error`. 2: wrong
 //! settings, markers or command line; nothing ran. 130: Ctrl-C or SIGTERM; what ran and what had
 //! not begun is recorded as `interrupted`.
 
+mod budget;
 mod command_line;
 mod debug;
 mod errand;
@@ -28,6 +34,7 @@ mod marker;
 mod panics;
 mod progress;
 mod scenario;
+mod session;
 mod settings;
 pub mod slots;
 mod stage;
@@ -42,13 +49,16 @@ pub use settings::{Settings, WrongSettings};
 
 use crate::fault::Fault;
 use crate::process;
+use crate::record::deferred::Queue;
 use crate::record::event::Events;
 use crate::record::metadata::Timings;
 use crate::record::{Environment, Outcome};
 use anyhow::{Context, Result, bail};
+use command_line::CommandLine;
 use debug::Debugger;
 use libtest_mimic::{Arguments, Completion, Trial};
 use marker::Selection;
+use session::{Owed, Session};
 use stage::Run;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -65,6 +75,8 @@ pub struct Project {
     pub directory: &'static str,
     /// The text of its `Cargo.toml`: in the binary, so that the binary can travel.
     pub manifest: &'static str,
+    /// The test, as `cargo test --test` calls it.
+    pub test: &'static str,
 }
 
 impl Project {
@@ -105,6 +117,7 @@ macro_rules! main {
                     ::core::env!("CARGO_MANIFEST_DIR"),
                     "/Cargo.toml"
                 )),
+                test: ::core::env!("CARGO_CRATE_NAME"),
             })
         }
     };
@@ -142,7 +155,7 @@ pub fn bench_list(count: usize, list: &Path) -> Result<Duration> {
     let scenarios: &'static [Scenario] = (0..count).map(made_up).collect::<Vec<_>>().leak();
     let arguments = ["bench", "-m", "any(vm, not(slow))", "--list", "--logfile"];
     let arguments = arguments.iter().map(OsString::from).chain([list.into()]);
-    let project = Project { directory: env!("CARGO_MANIFEST_DIR"), manifest: "" };
+    let project = Project { directory: env!("CARGO_MANIFEST_DIR"), manifest: "", test: "bench" };
     let begun = Instant::now();
     run(project, arguments, scenarios)?;
     Ok(begun.elapsed())
@@ -186,15 +199,19 @@ fn run(
 ) -> Result<ExitCode> {
     let environment = Environment::read(&project.root()?)?;
     let settings = Settings::parse(project.manifest)?;
-    let mut scenarios = checked(scenarios, &settings)?;
-    let (arguments, selection) = command_line::parse(arguments, &settings.markers)?;
+    let known = checked(scenarios, &settings)?;
+    let CommandLine { arguments, selection, deferred } = command_line::parse(arguments, &settings.markers)?;
+    let queue = Queue::in_log_root(&environment.log_root);
+    let owed = deferred.then(|| Owed::read(&queue, project.test, &known)).transpose()?;
+    let mut scenarios = owed.as_ref().map_or_else(|| known.clone(), |owed| owed.scenarios.clone());
     let all = scenarios.len();
     if let Some(selection) = &selection {
         scenarios.retain(|scenario| selection.matches(scenario.markers));
     }
     let not_selected = all - scenarios.len();
-    let reasons: Vec<_> =
-        scenarios.iter().map(|scenario| ignored(scenario, &settings, selection.as_ref())).collect();
+    // What was deferred had been asked for.
+    let ignored = |scenario| if deferred { None } else { ignored(scenario, &settings, selection.as_ref()) };
+    let reasons: Vec<_> = scenarios.iter().map(|scenario| ignored(scenario)).collect();
     let scenarios: Vec<_> = scenarios.into_iter().zip(reasons).collect();
     if arguments.list {
         let trials = scenarios.into_iter().map(|(scenario, reason)| {
@@ -207,12 +224,25 @@ fn run(
     let run = Run::new(environment, settings, Events::to(progress::Lines::default()));
     let run = Arc::new(run.stopping(debugger));
     run.check(scenarios.iter().filter_map(|(scenario, _)| scenario.machine.as_ref()))?;
+    if let Some(owed) = &owed {
+        owed.forget_gone(&queue, project.test, &known)?;
+    }
+    let planned: Vec<_> = scenarios
+        .iter()
+        .filter(|(scenario, reason)| runs(&arguments, scenario, reason.is_some()))
+        .map(|(scenario, _)| *scenario)
+        .collect();
+    let session = Arc::new(Session::plan(&run, project.test, &planned, arguments.test_threads)?);
     let tally = Arc::new(Tally::default());
     let trials = scenarios
         .into_iter()
-        .map(|(scenario, reason)| trial(&run, &tally, &arguments, scenario, reason))
+        .map(|(scenario, reason)| trial(&run, &session, &tally, &arguments, scenario, reason))
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
+    // Then it looks like one that was killed; what it has found stands.
+    if let Err(error) = run.end() {
+        eprintln!("note: {}", verdict::explain(&error));
+    }
     if let Some(line) = tally.summary(&run, not_selected, selection.as_ref()) {
         eprintln!("{line}");
     }
@@ -262,10 +292,17 @@ fn ignored(scenario: &Scenario, settings: &Settings, selection: Option<&Selectio
     Some(format!("the settings ignore marker `{marker}`; -m {marker} runs it"))
 }
 
+/// Whether libtest-mimic will run it.
+fn runs(arguments: &Arguments, scenario: &Scenario, ignored: bool) -> bool {
+    let trial = Trial::test(scenario.name, || Ok(())).with_ignored_flag(ignored);
+    !arguments.is_filtered_out(&trial) && !arguments.is_ignored(&trial)
+}
+
 /// A trial for libtest-mimic. It prints the reason of what is ignored only when the trial itself
 /// says so, so the flag is set only where `--ignored` filters by it.
 fn trial(
     run: &Arc<Run>,
+    session: &Arc<Session>,
     tally: &Arc<Tally>,
     arguments: &Arguments,
     scenario: &'static Scenario,
@@ -273,20 +310,30 @@ fn trial(
 ) -> Trial {
     let flag = arguments.ignored && ignored.is_some();
     let reason = ignored.filter(|_| !arguments.ignored && !arguments.include_ignored);
-    let (run, tally) = (Arc::clone(run), Arc::clone(tally));
+    let (run, session, tally) = (Arc::clone(run), Arc::clone(session), Arc::clone(tally));
     let body = move || {
         let verdict = match reason {
             Some(reason) => trial::unstarted(&run, scenario, Verdict::new(Outcome::Ignored, reason)),
-            None => trial::execute(&run, scenario).0,
+            None => session
+                .defers(scenario)
+                .unwrap_or_else(|| session.done(scenario, trial::execute(&run, scenario).0)),
         };
         tally.count(verdict.outcome);
         match verdict.outcome {
             Outcome::Passed => Ok(Completion::Completed),
             Outcome::Ignored => Ok(Completion::ignored_with(verdict.message)),
+            // Nextest takes what does not fail for passed, and this has not even run.
+            Outcome::Deferred if !under_nextest() => {
+                Ok(Completion::ignored_with(format!("deferred: {}", verdict.message)))
+            }
             outcome => Err(format!("{outcome}: {}", verdict.message).into()),
         }
     };
     Trial::ignorable_test(scenario.name, body).with_ignored_flag(flag)
+}
+
+fn under_nextest() -> bool {
+    std::env::var_os("NEXTEST").is_some()
 }
 
 /// Outcomes by number: libtest-mimic knows only one way to fail.
@@ -300,12 +347,17 @@ impl Tally {
 
     /// The last line of a run, for standard error. Nextest has its own.
     fn summary(&self, run: &Run, not_selected: usize, selection: Option<&Selection>) -> Option<String> {
-        if std::env::var_os("NEXTEST").is_some() {
+        if under_nextest() {
             return None;
         }
         let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut parts: Vec<_> =
-            counts.iter().map(|(outcome, number)| format!("{number} {outcome}")).collect();
+        let mut parts: Vec<_> = counts
+            .iter()
+            .map(|(outcome, number)| match outcome {
+                Outcome::Deferred => format!("{number} deferred (run them with --deferred)"),
+                _ => format!("{number} {outcome}"),
+            })
+            .collect();
         if let Some(selection) = selection {
             parts.push(format!("{not_selected} not selected by {}", selection.origin()));
         }

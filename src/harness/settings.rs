@@ -55,6 +55,11 @@ impl Settings {
         Self::read(manifest).context(WrongSettings)
     }
 
+    /// Whether an image of the project is built by the recipe of this name.
+    pub fn has_recipe(&self, recipe: &str) -> bool {
+        self.images.values().any(|image| image.get("recipe").and_then(Value::as_str) == Some(recipe))
+    }
+
     fn read(manifest: &str) -> Result<Self> {
         let manifest: Table = manifest.parse().context("Cargo.toml is not TOML")?;
         let section = ["package", "metadata", "shakedown"]
@@ -140,6 +145,7 @@ mod tests {
         assert!(settings.markers.has("lab") && settings.markers.has("vm"));
         assert_eq!(settings.images["mine"]["recipe"].as_str(), Some("debian"));
         assert_eq!(settings.tools["sshd"], "openssh-server");
+        assert!(settings.has_recipe("debian") && !settings.has_recipe("nix"));
     }
 
     #[test]

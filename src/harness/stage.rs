@@ -12,18 +12,22 @@ use crate::deadline::Deadline;
 use crate::fault::Fault;
 use crate::host::{self, tools};
 use crate::image::{Image, Images, KeyEntry};
+use crate::record::deferred::{Deferred, Queue};
 use crate::record::event::Events;
+use crate::record::metadata::{SCHEMA_VERSION, Utc, millis};
 use crate::record::{self, BootKind, Environment, Evidence, Outcome, scratch};
 use crate::vm::assemble::HostParts;
 use crate::vm::{Boot, Bus, Death, Herd, LAST_MOMENTS, Launch, Needs, Template, Vm, accel, template};
 use anyhow::{Context, Result};
+use jiff::Timestamp;
 use once_cell::sync::OnceCell;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-/// Building an image from nothing takes one to two minutes; a slow network some more.
-const PREPARATION: Duration = Duration::from_secs(1800);
+/// Building a Debian image from nothing takes one to two minutes, a NixOS one was seen to take 35; a
+/// slow network some more.
+const PREPARATION: Duration = Duration::from_secs(2 * 3600);
 /// A scenario may use more memory than those before it did.
 const FORK_MARGIN_MIB: u32 = 64;
 /// What diagnostics and power-off may take, which bound themselves, before the machine is killed.
@@ -90,6 +94,59 @@ impl Run {
     /// Where the evidence of this run is, once there is any.
     pub(super) fn evidence(&self) -> Option<&Path> {
         self.record.get().map(record::Run::directory)
+    }
+
+    /// Since its first process began, builds and waits included.
+    ///
+    /// # Errors
+    /// When there can be no run directory.
+    pub(super) fn elapsed(&self) -> Result<Duration> {
+        let elapsed = Timestamp::now().duration_since(self.record()?.started_at());
+        Ok(Duration::try_from(elapsed).unwrap_or_default())
+    }
+
+    /// Whether another process began it, so that something else has run or runs.
+    pub(super) fn joined(&self) -> bool {
+        self.record.get().is_some_and(record::Run::joined)
+    }
+
+    /// What it may take; `None` where it is not for us to say.
+    pub(super) fn session_budget(&self) -> Option<Duration> {
+        (!self.environment.debug).then_some(self.environment.session_budget)
+    }
+
+    pub(super) fn ledger(&self) -> Option<&Path> {
+        self.environment.ledger.as_deref()
+    }
+
+    /// What was put off, in this run and before.
+    pub(super) fn queue(&self) -> Queue {
+        Queue::in_log_root(&self.environment.log_root)
+    }
+
+    /// Puts scenarios on record that are put off, and into the queue: each with the reason and what
+    /// it was expected to take.
+    pub(super) fn defer(&self, test: &str, scenarios: &[(&Scenario, &str, Option<Duration>)]) -> Result<()> {
+        let record = self.record()?;
+        let lines: Vec<_> = scenarios
+            .iter()
+            .map(|(scenario, reason, _)| (scenario.name, scenario.markers, *reason))
+            .collect();
+        record.not_run(Outcome::Deferred, &lines)?;
+        self.queue().add(scenarios.iter().map(|(scenario, reason, estimate)| Deferred {
+            schema_version: SCHEMA_VERSION,
+            test: test.to_owned(),
+            scenario: scenario.name.to_owned(),
+            run_id: record.id().to_owned(),
+            deferred_at: Utc::now(),
+            estimate_seconds: estimate.map(|estimate| millis(estimate.as_secs_f64())),
+            reason: (*reason).to_owned(),
+        }))
+    }
+
+    /// Writes down that this process is done.
+    pub(super) fn end(&self) -> Result<()> {
+        self.record.get().map_or(Ok(()), record::Run::end)
     }
 
     /// Puts a scenario on record that did not run: ignored, or not started.

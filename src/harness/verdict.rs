@@ -78,7 +78,7 @@ impl Verdict {
 
     /// The same, when it could not be put on record: without a record nothing has passed.
     pub(crate) fn but(mut self, error: Error) -> Self {
-        if matches!(self.outcome, Outcome::Passed | Outcome::Ignored) {
+        if matches!(self.outcome, Outcome::Passed | Outcome::Ignored | Outcome::Deferred) {
             self.outcome = Outcome::Error;
         }
         let error = explain(&error.context("cannot put the outcome on record"));

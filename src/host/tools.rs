@@ -24,6 +24,8 @@ pub enum Part {
     Machines,
     /// Building the `debian` image.
     Image,
+    /// Building images of the `nix` recipe.
+    Nix,
     /// The scenarios of the project in the current directory.
     Project,
 }
@@ -116,6 +118,9 @@ pub const TOOLS: &[Tool] = &[
         "grub-efi-amd64-bin",
         &["/usr/lib/grub/x86_64-efi/moddep.lst"],
     ),
+    // 2.4 brought flakes and what we ask of the new command line.
+    Tool::program("nix", Part::Nix, "builds the images of flakes", "nix-bin")
+        .version(&["--version"], Some("2.4")),
     Tool::program("newuidmap", Part::Image, "lets you build the image without root", "uidmap")
         .version(&[], None)
         .unprivileged(),

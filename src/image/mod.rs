@@ -6,9 +6,12 @@
 mod debian;
 pub(crate) mod digest;
 pub mod iso;
+mod nix;
 pub mod prebuilt;
 mod settings;
 pub mod store;
+
+pub use nix::Origin;
 
 use crate::connection::KeyPair;
 use crate::console::LoginProfile;
@@ -21,10 +24,12 @@ use crate::{host, nearest};
 use anyhow::{Result, bail};
 use jiff::Timestamp;
 use once_cell::sync::OnceCell;
+use prebuilt::Access;
 use serde::{Deserialize, Serialize};
 use settings::Source;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 use store::{Entry, Kind, Store};
 use toml::Table;
@@ -58,6 +63,8 @@ pub struct Image {
     pub login: Option<LoginProfile>,
     /// How the SSH key gets in.
     pub key: KeyEntry,
+    /// Of an image that a flake built.
+    pub origin: Option<Origin>,
     /// Keeps it in the store for as long as this value or a clone of it lives.
     pub guard: Option<store::Guard>,
 }
@@ -117,12 +124,13 @@ impl Image {
 
     /// What a run's `metadata.json` says about its files, and about the key that opens it.
     pub fn artifact(&self, key: &KeyPair) -> metadata::Artifact {
-        let store_path = self.guard.is_some().then(|| self.file.parent().map(Path::to_owned)).flatten();
+        let own = || self.guard.as_ref().and_then(|_| self.file.parent()).map(Path::to_owned);
+        let origin = self.origin.as_ref();
         metadata::Artifact {
             iso_path: self.file.clone(),
-            store_path,
-            deriver: None,
-            nar_hash: None,
+            store_path: origin.map(|origin| origin.store_path.clone()).or_else(own),
+            deriver: origin.and_then(|origin| origin.deriver.clone()),
+            nar_hash: origin.and_then(|origin| origin.nar_hash.clone()),
             root_key_fingerprint: (self.key != KeyEntry::None).then(|| key.fingerprint()),
         }
     }
@@ -133,12 +141,18 @@ impl Image {
 pub struct Built {
     /// The name of the recipe.
     pub recipe: String,
-    /// `uname -r` of its kernel.
+    /// `uname -r` of its kernel; empty where the recipe does not tell.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub kernel_release: String,
-    /// The kernel command line for a boot without boot loader.
+    /// The kernel command line for a boot without boot loader, where that is possible.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub cmdline: String,
-    /// Versions of the packages inside, as installed.
+    /// Versions of the packages inside, as installed, where the recipe knows them.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub packages: BTreeMap<String, String>,
+    /// Of the `nix` recipe.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
 }
 
 impl Kind for Built {
@@ -165,6 +179,8 @@ pub struct Images {
     /// In place of the default image.
     prebuilt: Option<PathBuf>,
     sources: BTreeMap<String, Source>,
+    /// What flakes evaluated to: within a run they do not change.
+    derivations: Arc<Mutex<BTreeMap<String, String>>>,
 }
 
 impl Images {
@@ -193,6 +209,7 @@ impl Images {
             prebuilt: prebuilt.map(|file| environment.project.join(file)),
             default,
             sources,
+            derivations: Arc::default(),
         };
         images.check(None)?;
         Ok(images)
@@ -240,6 +257,7 @@ impl Images {
         let name = name.unwrap_or(&self.default);
         match self.source(name)? {
             Source::Debian(settings) => self.debian(name, settings, since, deadline, events),
+            Source::Nix(settings) => self.nix(name, settings, since, deadline, events),
             Source::File { file, description } => self.open(name, file, description, deadline, events),
         }
     }
@@ -282,8 +300,7 @@ impl Images {
         events: &Events,
     ) -> Result<Image> {
         let plan = debian::Plan::new(settings, &self.cache.join("apt"), deadline)?;
-        let store = self.store.get_or_try_init(|| Self::store_in(&self.cache))?;
-        let entry = store.get(&plan.key, name, since, deadline, events, |dir, log| {
+        let entry = self.store()?.get(&plan.key, name, since, deadline, events, |dir, log| {
             let free = host::free_disk(dir)?;
             if free < BUILD_BYTES {
                 bail!(Fault::host(format!("a build needs {} MiB, and {} has {}", BUILD_BYTES >> 20, dir.display(), free >> 20))
@@ -296,9 +313,50 @@ impl Images {
                 kernel_release: built.kernel_release,
                 cmdline: plan.cmdline(),
                 packages: built.packages,
+                origin: None,
             })
         })?;
-        Ok(from_store(name, entry))
+        let access = Access {
+            firmware: vec![Firmware::Bios, Firmware::Uefi],
+            login: Some(LoginProfile::default()),
+            key: KeyEntry::Smbios,
+        };
+        Ok(from_store(name, entry, access))
+    }
+
+    fn nix(
+        &self,
+        name: &str,
+        settings: &settings::Nix,
+        since: Timestamp,
+        deadline: &Deadline,
+        events: &Events,
+    ) -> Result<Image> {
+        let plan = nix::Plan::new(settings, self.derivation(settings, deadline)?)?;
+        let access = |iso: &Path| prebuilt::access(iso, &settings.description, &self.project);
+        let entry = self.store()?.get(&plan.key, name, since, deadline, events, |dir, log| {
+            let iso = dir.join(ISO);
+            let origin = plan.build(&iso, log, deadline, events)?;
+            access(&iso)?;
+            Ok(Built { recipe: "nix".into(), origin: Some(origin), ..Built::default() })
+        })?;
+        let access = access(&entry.dir.join(ISO))?;
+        Ok(from_store(name, entry, access))
+    }
+
+    /// Scenarios that want the same image at once wait for one evaluation.
+    fn derivation(&self, settings: &settings::Nix, deadline: &Deadline) -> Result<String> {
+        let mut known = self.derivations.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(derivation) = known.get(&settings.installable()) {
+            return Ok(derivation.clone());
+        }
+        let derivation = nix::evaluate(settings, deadline)?;
+        known.insert(settings.installable(), derivation.clone());
+        Ok(derivation)
+    }
+
+    fn store(&self) -> Result<&Store<Built>> {
+        self.store.get_or_try_init(|| Self::store_in(&self.cache))
     }
 }
 
@@ -306,8 +364,14 @@ const ISO: &str = "image.iso";
 const KERNEL: &str = "vmlinuz";
 const INITRD: &str = "initrd";
 
-fn from_store(name: &str, entry: Entry<Built>) -> Image {
+fn from_store(name: &str, entry: Entry<Built>, access: Access) -> Image {
     let Entry { dir, manifest, guard } = entry;
+    let Access { firmware, login, key } = access;
+    let kernel = manifest.files.contains_key(KERNEL).then(|| KernelFiles {
+        kernel: dir.join(KERNEL),
+        initrd: dir.join(INITRD),
+        cmdline: manifest.facts.cmdline,
+    });
     let digest = manifest.files.get(ISO).and_then(|file| file.sha256.as_deref()).unwrap_or_default();
     Image {
         name: name.to_owned(),
@@ -315,14 +379,11 @@ fn from_store(name: &str, entry: Entry<Built>) -> Image {
         digest: format!("sha256:{digest}"),
         file: dir.join(ISO),
         format: ImageFormat::Iso,
-        kernel: Some(KernelFiles {
-            kernel: dir.join(KERNEL),
-            initrd: dir.join(INITRD),
-            cmdline: manifest.facts.cmdline,
-        }),
-        firmware: vec![Firmware::Bios, Firmware::Uefi],
-        login: Some(LoginProfile::default()),
-        key: KeyEntry::Smbios,
+        kernel,
+        firmware,
+        login,
+        key,
+        origin: manifest.facts.origin,
         guard: Some(guard),
     }
 }

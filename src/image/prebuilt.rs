@@ -82,22 +82,9 @@ pub(super) fn open(
         .with_context(|| Fault::host(format!("{} cannot be used as an image", file.display())))?;
     let beside = PathBuf::from(format!("{}.toml", file.display()));
     let described = if table.is_empty() { read(&beside)? } else { describe(table.clone(), base)? };
-    let firmware = match described.firmware {
-        Some(names) if names.is_empty() => {
-            bail!(Fault::host(format!("{}: `firmware` is empty", beside.display())))
-        }
-        Some(names) => names.into_iter().map(Firmware::from).collect(),
-        None => found.firmware,
-    };
-    let profile = LoginProfile {
-        user: described.user.unwrap_or_default(),
-        password: described.password,
-        escalate: described.escalate,
-        login_prompt: described.login_prompt,
-        shell_prompt: described.shell_prompt,
-    };
-    let login = (described.login != Some(false)).then_some(profile);
-    let default_key = if login.is_some() { KeyEntry::Smbios } else { KeyEntry::None };
+    let Access { firmware, login, key } = described
+        .access(found.firmware)
+        .with_context(|| Fault::host(format!("the description of {} is wrong", file.display())))?;
     Ok(Image {
         name: name.to_owned(),
         recipe: None,
@@ -107,9 +94,53 @@ pub(super) fn open(
         kernel: None,
         firmware,
         login,
-        key: described.key.unwrap_or(default_key),
+        key,
+        origin: None,
         guard: None,
     })
+}
+
+/// How one gets at the machine.
+#[derive(Debug)]
+pub(super) struct Access {
+    pub(super) firmware: Vec<Firmware>,
+    pub(super) login: Option<LoginProfile>,
+    pub(super) key: KeyEntry,
+}
+
+/// What `table` of the settings says of an ISO that was built, and what its boot entries say.
+///
+/// # Errors
+/// A host [`Fault`] that names what is wrong with either.
+pub(super) fn access(iso: &Path, table: &Table, base: &Path) -> Result<Access> {
+    let found = inspect(iso)
+        .and_then(|found| match found.format {
+            ImageFormat::Iso => Ok(found),
+            _ => bail!("it is no ISO 9660 image"),
+        })
+        .with_context(|| Fault::host(format!("{} cannot be used as an image", iso.display())))?;
+    describe(table.clone(), base)?.access(found.firmware)
+}
+
+impl Description {
+    /// `found`: the firmware that the content of the image speaks of.
+    fn access(self, found: Vec<Firmware>) -> Result<Access> {
+        let firmware = match self.firmware {
+            Some(names) if names.is_empty() => bail!(Fault::host("`firmware` is empty")),
+            Some(names) => names.into_iter().map(Firmware::from).collect(),
+            None => found,
+        };
+        let profile = LoginProfile {
+            user: self.user.unwrap_or_default(),
+            password: self.password,
+            escalate: self.escalate,
+            login_prompt: self.login_prompt,
+            shell_prompt: self.shell_prompt,
+        };
+        let login = (self.login != Some(false)).then_some(profile);
+        let default_key = if login.is_some() { KeyEntry::Smbios } else { KeyEntry::None };
+        Ok(Access { firmware, login, key: self.key.unwrap_or(default_key) })
+    }
 }
 
 impl From<FirmwareName> for Firmware {
@@ -165,12 +196,12 @@ fn describe(table: Table, base: &Path) -> Result<Description> {
     Ok(described)
 }
 
-/// What the table of a prebuilt image may say besides `file`.
+/// What the table of an image may say of it, besides the keys that say `whence` it comes.
 ///
 /// # Errors
 /// Names the key.
-pub(super) fn check(table: &Table) -> Result<()> {
-    known_keys(table, &KEYS)
+pub(super) fn check(table: &Table, whence: &[&str]) -> Result<()> {
+    known_keys(table, &[whence, &KEYS].concat())
 }
 
 /// What a file's content says.

@@ -7,6 +7,12 @@
 //! files = "image"           # a directory, laid over the root
 //! cmdline = "quiet"         # more words for the kernel
 //!
+//! [package.metadata.shakedown.images.nixos]
+//! recipe = "nix"
+//! flake = "nix"             # the directory of a flake.nix
+//! attribute = "bootImage"   # what of it builds an ISO
+//! user = "nixos"            # what is known about it, as for a prebuilt image
+//!
 //! [package.metadata.shakedown.images.vendor]
 //! file = "vendor.iso"       # a prebuilt image
 //! user = "admin"            # what is known about it: here, or else in vendor.iso.toml
@@ -24,6 +30,8 @@ use toml::{Table, Value};
 pub(super) enum Source {
     /// Built here.
     Debian(Debian),
+    /// Built by a flake.
+    Nix(Nix),
     /// A file that is there, and what is said about it; nothing where that is in `FILE.toml`.
     File { file: PathBuf, description: Table },
 }
@@ -39,7 +47,58 @@ pub(super) struct Debian {
     pub(super) cmdline: String,
 }
 
-const RECIPES: [&str; 1] = ["debian"];
+/// Settings of the `nix` recipe.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Nix {
+    /// Where its `flake.nix` is.
+    pub(super) directory: PathBuf,
+    /// Taken as it is, whatever git has of it: nix's `path:`.
+    untracked: bool,
+    /// What of the flake is built.
+    attribute: String,
+    /// What is said about the image.
+    pub(super) description: Table,
+}
+
+impl Nix {
+    /// As nix's command line has it.
+    pub(super) fn installable(&self) -> String {
+        let scheme = if self.untracked { PATH_SCHEME } else { "" };
+        format!("{scheme}{}#{}", self.directory.display(), self.attribute)
+    }
+
+    fn parse(table: &Table, base: &Path) -> Result<Self> {
+        let flake = table.get("flake").map_or(Ok("nix"), |flake| text(flake, "flake"))?;
+        let path = flake.strip_prefix(PATH_SCHEME).unwrap_or(flake);
+        let directory: PathBuf = base.join(path).components().collect();
+        let plain = |c: char| c.is_ascii_alphanumeric() || "/-_.+@".contains(c);
+        if let Some(odd) = directory.to_string_lossy().chars().find(|c| !plain(*c)) {
+            bail!(
+                "`flake` is in {}, and a flake's path cannot have the character {odd:?}",
+                directory.display()
+            );
+        }
+        let attribute = table.get("attribute").map_or(Ok("bootImage"), |name| text(name, "attribute"))?;
+        // Nix's identifiers: https://nix.dev/manual/nix/stable/language/identifiers
+        let part = |part: &str| {
+            part.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+                && part.chars().all(|c| c.is_ascii_alphanumeric() || "-_'".contains(c))
+        };
+        if !attribute.split('.').all(part) {
+            bail!("`attribute` has {attribute:?}, which is no attribute of a flake");
+        }
+        let mut description = table.clone();
+        for key in NIX_KEYS {
+            description.remove(key);
+        }
+        super::prebuilt::check(table, &NIX_KEYS)?;
+        Ok(Self { directory, untracked: path != flake, attribute: attribute.to_owned(), description })
+    }
+}
+
+const PATH_SCHEME: &str = "path:";
+const RECIPES: [&str; 2] = ["debian", "nix"];
+const NIX_KEYS: [&str; 3] = ["recipe", "flake", "attribute"];
 const DEBIAN_KEYS: [&str; 4] = ["recipe", "packages", "files", "cmdline"];
 
 impl Source {
@@ -58,18 +117,21 @@ impl Source {
             let file = base.join(text(file, "file")?);
             let mut description = table.clone();
             description.remove("file");
-            super::prebuilt::check(&description)?;
+            super::prebuilt::check(table, &["file"])?;
             return Ok(Self::File { file, description });
         }
         let recipe = match table.get("recipe") {
             Some(recipe) => text(recipe, "recipe")?,
             None => {
                 known_keys(table, &[&DEBIAN_KEYS[..], &["file"]].concat())?;
-                bail!("it needs `recipe = \"debian\"` or `file = \"PATH\"`")
+                bail!("it needs `recipe = \"debian\"`, `recipe = \"nix\"` or `file = \"PATH\"`")
             }
         };
         if !RECIPES.contains(&recipe) {
             bail!("unknown recipe `{recipe}`{}", nearest::hint(recipe, RECIPES));
+        }
+        if recipe == "nix" {
+            return Nix::parse(table, base).map(Self::Nix);
         }
         known_keys(table, &DEBIAN_KEYS)?;
         let mut packages = match table.get("packages") {
@@ -154,6 +216,19 @@ mod tests {
     }
 
     #[test]
+    fn a_flake_is_found_from_the_project() {
+        let nix = |settings: &str| match parse(settings).expect("is right") {
+            Source::Nix(nix) => nix,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(nix("recipe='nix'").installable(), "/project/nix#bootImage");
+        let own =
+            nix("recipe='nix'\nflake='path:./a/../b'\nattribute='packages.x86_64-linux.iso'\nuser='nixos'");
+        assert_eq!(own.installable(), "path:/project/a/../b#packages.x86_64-linux.iso");
+        assert_eq!(own.description, "user='nixos'".parse().expect("TOML"));
+    }
+
+    #[test]
     fn mistakes_name_the_image_the_key_and_the_right_one() {
         for (settings, words) in [
             ("recipe='debian'\npackage=[]", &["images.mine", "`package`", "did you mean `packages`?"][..]),
@@ -166,6 +241,11 @@ mod tests {
             ("recipe='debian'\npackages=['--option']", &["no package's name"]),
             ("recipe='debian'\npackages=['perl-']", &["no package's name"]),
             ("recipe='debian'\ncmdline='a;b'", &["';'"]),
+            ("recipe='nix'\nflke='x'", &["`flke`", "did you mean `flake`?", "`user`"]),
+            ("recipe='nix'\nflake='a b'", &["/project/a b", "' '"]),
+            ("recipe='nix'\nattribute='a#b'", &["`attribute`", "no attribute"]),
+            ("recipe='nix'\nattribute='--impure'", &["no attribute"]),
+            ("recipe='nix'\nattribute='a..b'", &["no attribute"]),
             ("recipe=1", &["must be text in quotes"]),
         ] {
             let text = error(settings);

@@ -53,8 +53,14 @@ const DEBUG: Variable = Variable {
     meaning: "1, true or yes: stop at the first failure, with the machine alive; needs a terminal",
 };
 
+const SESSION_BUDGET: Variable = Variable {
+    name: "SHAKEDOWN_SESSION_BUDGET",
+    default: "3000",
+    meaning: "seconds that a run may take; scenarios that by the ledger's medians would end later are deferred",
+};
+
 /// All variables there are. Any other name that starts with one of [`PREFIXES`] is an error.
-pub const VARIABLES: [Variable; 11] = [
+pub const VARIABLES: [Variable; 12] = [
     SPAWN_TIMEOUT,
     LOGIN_TIMEOUT,
     LEDGER_PATH,
@@ -81,6 +87,7 @@ pub const VARIABLES: [Variable; 11] = [
         default: "all but the markers that the project ignores",
         meaning: "which scenarios run, for example `all(vm, not(slow))`",
     },
+    SESSION_BUDGET,
     Variable {
         name: "SHAKEDOWN_VMS",
         default: "the number of cores",
@@ -106,6 +113,8 @@ pub struct Environment {
     pub ledger: Option<PathBuf>,
     /// Stop at the first failure.
     pub debug: bool,
+    /// What a run may take before the rest of it is deferred.
+    pub session_budget: Duration,
     /// The variables in force, as they were given.
     pub overrides: BTreeMap<String, String>,
 }
@@ -138,6 +147,7 @@ impl Environment {
             log_root: project.join(get(LOG_ROOT)),
             ledger: (!disabled).then(|| project.join(get(LEDGER_PATH))),
             debug: switch(DEBUG, get(DEBUG))?,
+            session_budget: seconds(SESSION_BUDGET, get(SESSION_BUDGET))?,
             project: project.to_owned(),
             overrides,
         })
@@ -223,6 +233,7 @@ mod tests {
         let environment = read(&[("PATH", "/bin"), ("BOOT_IMAGE", "x")]).expect("reads");
         assert_eq!(environment.spawn_timeout, Duration::from_secs(900));
         assert_eq!(environment.login_timeout, Duration::from_secs(300));
+        assert_eq!(environment.session_budget, Duration::from_secs(50 * 60));
         assert_eq!(environment.log_root, Path::new("/project/notes"));
         assert_eq!(environment.ledger.as_deref(), Some(Path::new("/project/notes/vm-run-ledger.jsonl")));
         assert!(environment.overrides.is_empty());

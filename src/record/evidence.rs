@@ -29,6 +29,7 @@ pub struct Evidence(Arc<Inner>);
 struct Inner {
     directory: PathBuf,
     ledger: Option<PathBuf>,
+    run_started: Utc,
     started: Instant,
     state: Mutex<State>,
 }
@@ -115,12 +116,14 @@ impl Evidence {
         let files = Files::make(&directory, &mut metadata)?;
         // Last: where there is a marker, there is all that a sweep needs.
         let marker = Marker::set(log_root, &directory, ledger)?;
-        Ok(Self::begin(directory, ledger.map(Path::to_owned), metadata, files, Some(marker)))
+        let run_started = Utc::from(run.started_at());
+        Ok(Self::begin(directory, ledger.map(Path::to_owned), run_started, metadata, files, Some(marker)))
     }
 
     fn begin(
         directory: PathBuf,
         ledger: Option<PathBuf>,
+        run_started: Utc,
         metadata: Metadata,
         files: Files,
         marker: Option<Marker>,
@@ -135,7 +138,8 @@ impl Evidence {
             problem: None,
             marker,
         };
-        Self(Arc::new(Inner { directory, ledger, started: Instant::now(), state: Mutex::new(state) }))
+        let (started, state) = (Instant::now(), Mutex::new(state));
+        Self(Arc::new(Inner { directory, ledger, run_started, started, state }))
     }
 
     /// Evidence of another machine of the same scenario, in a directory below this one. It has no
@@ -148,7 +152,7 @@ impl Evidence {
         let (directory, attempt) = make_directory(&self.0.directory, name)?;
         metadata.attempt = attempt;
         let files = Files::make(&directory, &mut metadata)?;
-        Ok(Self::begin(directory, None, metadata, files, None))
+        Ok(Self::begin(directory, None, self.0.run_started, metadata, files, None))
     }
 
     /// The scenario's directory.
@@ -220,7 +224,8 @@ impl Evidence {
             },
         };
         self.write(&mut state, &ended);
-        conclude(&mut state.metadata, Utc::now(), self.0.started.elapsed().as_secs_f64());
+        let total = self.0.started.elapsed().as_secs_f64();
+        conclude(&mut state.metadata, Utc::now(), total, self.0.run_started);
         state.metadata.outcome = Some(outcome);
         state.metadata.reason = reason.map(str::to_owned);
         let record = Record::of(&state.metadata, Some(&self.0.directory));
@@ -294,13 +299,13 @@ impl Observer for Evidence {
 }
 
 /// Fills in the end. What was announced as a diagnostic and never written is left out.
-pub(super) fn conclude(metadata: &mut Metadata, end: Utc, total_seconds: f64) {
+pub(super) fn conclude(metadata: &mut Metadata, end: Utc, total_seconds: f64, run_started: Utc) {
     if let Some(diagnostics) = &mut metadata.diagnostics {
         diagnostics.artifacts.retain(|artifact| artifact.path.exists());
     }
     metadata.timings.end = Some(end);
     metadata.timings.total_seconds = Some(millis(total_seconds));
-    metadata.session_ceiling_exceeded = Some(total_seconds >= SESSION_CEILING_SECONDS);
+    metadata.session_ceiling_exceeded = Some(end.seconds_since(run_started) >= SESSION_CEILING_SECONDS);
 }
 
 fn register(state: &mut State, label: &str, path: &Path) {

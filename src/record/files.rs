@@ -20,17 +20,22 @@ pub(crate) fn private_dir(path: &Path) -> io::Result<()> {
 }
 
 /// Replaces `path` as a whole: readers and crashes see the old content or the new one.
-pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let write = || -> Result<()> {
-        let mut text = serde_json::to_vec_pretty(value)?;
-        text.push(b'\n');
+pub(crate) fn replace(path: &Path, content: &[u8]) -> Result<()> {
+    let write = || -> io::Result<()> {
         let directory = path.parent().unwrap_or(Path::new("."));
         let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(directory)?;
-        file.write_all(&text)?;
+        file.write_all(content)?;
         file.persist(path)?;
         Ok(())
     };
     write().with_context(|| cannot("write", path))
+}
+
+/// As [`replace`], by the text of a value.
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut text = serde_json::to_vec_pretty(value).with_context(|| cannot("write", path))?;
+    text.push(b'\n');
+    replace(path, &text)
 }
 
 /// Reads what [`write_json`] wrote.

@@ -113,9 +113,16 @@ impl Record {
         }
     }
 
-    /// True when both are about the same execution.
+    /// True when it is about an execution, and not about one that did not happen.
+    pub fn ran(&self) -> bool {
+        self.metadata.is_some()
+    }
+
+    /// True when both are about the same execution. Within a run, a scenario may be put off and
+    /// executed after all: by a retry of nextest.
     pub fn same_execution(&self, other: &Self) -> bool {
-        (&self.run_id, &self.scenario, self.attempt) == (&other.run_id, &other.scenario, other.attempt)
+        let id = |record: &Self| (record.ran(), record.attempt);
+        (id(self), &self.run_id, &self.scenario) == (id(other), &other.run_id, &other.scenario)
     }
 }
 

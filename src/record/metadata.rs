@@ -30,7 +30,7 @@ pub enum Outcome {
 }
 
 /// How the machine came to its running state.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BootKind {
     /// Power-on, firmware, kernel.
@@ -85,7 +85,8 @@ pub struct Metadata {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub diagnostics: Option<Diagnostics>,
     pub timings: Timings,
-    /// The whole execution, the image's build included, took [`SESSION_CEILING_SECONDS`] or more.
+    /// At the end of this execution the whole run, builds included, had lasted
+    /// [`SESSION_CEILING_SECONDS`] or more.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub session_ceiling_exceeded: Option<bool>,
     pub timeouts: Timeouts,
@@ -98,7 +99,7 @@ pub struct Metadata {
     pub env: BTreeMap<String, String>,
 }
 
-/// An execution of an hour or more may have hit the limit of whatever started it.
+/// A run of an hour or more may have hit the limit of whatever started it.
 pub const SESSION_CEILING_SECONDS: f64 = 3600.0;
 
 /// The image that was booted.

@@ -3,6 +3,7 @@
 //! ```text
 //! notes/                                  the log root
 //!   vm-run-ledger.jsonl                   one line per scenario execution: ledger
+//!   deferred.jsonl                        what later runs still have to run: deferred
 //!   latest -> 2026-01-31T120000Z-1a2b3c4d
 //!   .running/                             who is alive: sweep
 //!   2026-01-31T120000Z-1a2b3c4d/          one invocation: run
@@ -14,10 +15,12 @@
 //!
 //! Does not collect diagnostics from a guest: who can, asks [`Evidence::diagnostic`] for a path.
 
+pub mod deferred;
 pub mod environment;
 pub mod event;
 mod evidence;
 pub(crate) mod files;
+pub mod history;
 pub mod ledger;
 pub mod metadata;
 pub mod run;

@@ -3,7 +3,9 @@
 //! The processes of one `cargo nextest run` are one run. Does not decide what runs.
 
 use super::ledger::{self, Record};
-use super::metadata::{BootKind, Git, Host, Metadata, Outcome, SCHEMA_VERSION, Timeouts, Timings, Utc};
+use super::metadata::{
+    BootKind, Git, Host, Metadata, Outcome, SCHEMA_VERSION, SESSION_CEILING_SECONDS, Timeouts, Timings, Utc,
+};
 use super::{Environment, Evidence, files};
 use crate::deadline::Deadline;
 use crate::process;
@@ -27,6 +29,7 @@ pub struct Run {
     environment: Environment,
     harness_args: Vec<String>,
     file: RunFile,
+    joined: bool,
 }
 
 /// `run.json`.
@@ -48,6 +51,12 @@ pub struct RunFile {
     /// nextest's own id of this run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nextest_run_id: Option<String>,
+    /// When the last of its processes so far ended; absent where that was killed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ended_at: Option<Utc>,
+    /// By then it had lasted [`SESSION_CEILING_SECONDS`] or more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub session_ceiling_exceeded: Option<bool>,
 }
 
 impl Run {
@@ -71,16 +80,19 @@ impl Run {
             Some(shared) => find(log_root, &shared_id(shared))?,
             None => None,
         };
-        let (directory, file) = match joined {
+        let (directory, file, joined) = match joined {
             Some(directory) => {
                 let file = files::read_json(&directory.join("run.json"))?;
-                (directory, file)
+                (directory, file, true)
             }
-            None => begin(&environment, argv.clone(), shared)?,
+            None => {
+                let (directory, file) = begin(&environment, argv.clone(), shared)?;
+                (directory, file, false)
+            }
         };
         drop(lock);
         let harness_args = argv.split_off(argv.len().min(1));
-        Ok(Self { directory, environment, harness_args, file })
+        Ok(Self { directory, environment, harness_args, file, joined })
     }
 
     /// Its id: the name of its directory, which no other run in this log root has.
@@ -91,6 +103,25 @@ impl Run {
     /// When its first process began it.
     pub fn started_at(&self) -> Timestamp {
         self.file.started_at.into()
+    }
+
+    /// Whether another process began it.
+    pub fn joined(&self) -> bool {
+        self.joined
+    }
+
+    /// Writes into `run.json` that this process is done with it.
+    ///
+    /// # Errors
+    /// A host [`Fault`](crate::fault::Fault) when the file cannot be written.
+    pub fn end(&self) -> Result<()> {
+        let path = self.directory.join("run.json");
+        let _lock = RootLock::take(&self.environment.log_root)?;
+        let mut file: RunFile = files::read_json(&path)?;
+        let now = Utc::now();
+        file.ended_at = Some(now);
+        file.session_ceiling_exceeded = Some(now.seconds_since(file.started_at) >= SESSION_CEILING_SECONDS);
+        files::write_json(&path, &file)
     }
 
     /// The run directory.
@@ -194,6 +225,8 @@ fn begin(environment: &Environment, argv: Vec<String>, shared: Option<String>) -
         env: environment.overrides.clone(),
         shakedown_version: env!("CARGO_PKG_VERSION").to_owned(),
         nextest_run_id: shared,
+        ended_at: None,
+        session_ceiling_exceeded: None,
     };
     files::private_dir(&directory).with_context(|| files::cannot("make", &directory))?;
     files::write_json(&directory.join("run.json"), &file)?;

@@ -7,7 +7,7 @@ use super::evidence::conclude;
 use super::files;
 use super::ledger::{self, Record};
 use super::metadata::{Metadata, Outcome, Utc};
-use super::run::RootLock;
+use super::run::{RootLock, RunFile};
 use anyhow::{Context, Result};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -102,7 +102,9 @@ fn bury(marker: &Path) -> Result<Option<Record>> {
     if metadata.outcome.is_none() {
         let end = last_sign_of_life(&directory).unwrap_or(metadata.generated_at);
         let total = metadata.timings.start.map_or(0.0, |start| end.seconds_since(start));
-        conclude(&mut metadata, end, total);
+        let run = directory.parent().and_then(|run| files::read_json::<RunFile>(&run.join("run.json")).ok());
+        let run_started = run.map(|run| run.started_at).or(metadata.timings.start).unwrap_or(end);
+        conclude(&mut metadata, end, total, run_started);
         metadata.outcome = Some(Outcome::Interrupted);
         metadata.reason = Some("the process died".to_owned());
         metadata.generated_at = Utc::now();

@@ -1,17 +1,13 @@
 //! Machines that go wrong: the outcome, who is blamed, what is left as evidence, and that it takes
 //! seconds.
 
-use super::support::{Ended, Place, boot_sector, ended, signal, wait};
+use super::support::{Ended, Place, boot_sector, debian, ended, signal, wait};
 use rustix::process::Signal;
-use shakedown::deadline::Deadline;
 use shakedown::image::iso::Iso;
-use shakedown::image::{Image, Images};
-use shakedown::record::event::Events;
 use shakedown::record::ledger::Record;
-use shakedown::record::{Environment, Outcome, metadata::Metadata};
+use shakedown::record::{Outcome, metadata::Metadata};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::Path;
-use std::time::Duration;
 
 /// Runs one scenario on `image`, in a place without a cache.
 fn boot(place: &Place, scenario: &str, image: &Path, variables: &[(&str, &str)]) -> Ended {
@@ -132,16 +128,6 @@ fn a_machine_without_login_panics_with_a_picture() {
     assert!(text.starts_with("the machine still runs\n  at tests/selftest/machines.rs:"), "{text}");
     has_evidence(&record, &["screenshot"]);
     place.is_tidy();
-}
-
-/// The project's default image, built now where it is not in the store yet.
-fn debian() -> Image {
-    let project = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let environment = Environment::from_vars([], project).expect("no variables");
-    let cache = shakedown::host::cache_dir().expect("a cache");
-    let images = Images::new(cache, &environment, &None, &Default::default()).expect("a store");
-    let deadline = Deadline::after(Duration::from_secs(1200), "test");
-    images.get(None, jiff::Timestamp::now(), &deadline, &Events::silent()).expect("the debian image")
 }
 
 #[test]

@@ -28,6 +28,8 @@ fn wrong_variables_end_a_run_before_it_begins() {
         ("SHAKEDOWN_MARKERS", "slwo", ["unknown marker `slwo`", "did you mean `slow`?"]),
         ("BOOT_IMAGE_VM_SPAWN_TIMEOUT", "5m", ["SPAWN_TIMEOUT=5m is not a whole number", "default: 900"]),
         ("BOOT_IMAGE_VM_LOGIN_TIMEOUT", "0", ["LOGIN_TIMEOUT=0 is not a whole number", "default: 300"]),
+        ("SHAKEDOWN_SESSION_BUDGET", "0", ["SESSION_BUDGET=0 is not a whole number", "default: 3000"]),
+        ("SHAKEDOWN_SESSION_BUDGET", "50m", ["SESSION_BUDGET=50m is not a whole number", "above zero"]),
         ("BOOT_IMAGE_VM_DISABLE_LEDGER", "on", ["DISABLE_LEDGER=on is not one of", "Fix: set"]),
     ] {
         let place = Place::new();

@@ -2,9 +2,11 @@
 //!
 //! The binaries are the examples in `tests/selftest/`, most of whose scenarios fail on purpose.
 
+mod budget;
 mod debug;
 mod faults;
 mod input;
 mod kills;
+mod nix;
 mod runs;
 mod support;

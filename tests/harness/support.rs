@@ -2,6 +2,9 @@
 
 use rustix::process::{Pid, Signal, kill_process};
 use shakedown::deadline::Deadline;
+use shakedown::image::{Image, Images};
+use shakedown::record::Environment;
+use shakedown::record::event::Events;
 use shakedown::record::ledger::{self, Record};
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -211,6 +214,16 @@ pub(crate) fn programs(directory: &Path, scripts: &[(&str, &str)]) -> OsString {
     path.push(":");
     path.push(std::env::var_os("PATH").unwrap_or_default());
     path
+}
+
+/// The project's default image, built now where it is not in the store yet.
+pub(crate) fn debian() -> Image {
+    let project = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let environment = Environment::from_vars([], project).expect("no variables");
+    let cache = shakedown::host::cache_dir().expect("a cache");
+    let images = Images::new(cache, &environment, &None, &Default::default()).expect("a store");
+    let deadline = Deadline::after(Duration::from_secs(1200), "test");
+    images.get(None, jiff::Timestamp::now(), &deadline, &Events::silent()).expect("the debian image")
 }
 
 /// A disk of which the boot sector writes `text` to the serial port and halts: as much of a machine

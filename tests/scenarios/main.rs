@@ -6,6 +6,7 @@ mod disks;
 mod forks;
 mod identity;
 mod network;
+mod nixos;
 mod power;
 mod prebuilt;
 

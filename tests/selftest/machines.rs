@@ -13,6 +13,14 @@ fn boots(vm: &mut Vm) -> Result<()> {
     Ok(())
 }
 
+/// Of the image that only a flake builds.
+#[scenario(image = "flake", boot = cold, medium = cdrom, timeout = "5m")]
+fn a_flake_made_it(vm: &mut Vm) -> Result<()> {
+    let said = vm.ssh()?.run("cat /run/shakedown/image/flake")?;
+    ensure!(said.trimmed() == "built by a flake", "the ISO says {:?}", said.text());
+    Ok(())
+}
+
 #[scenario]
 fn answers(vm: &mut Vm) -> Result<()> {
     ensure!(vm.ssh()?.run("echo answer")?.trimmed() == "answer", "another answer");
