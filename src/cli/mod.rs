@@ -11,6 +11,7 @@ mod ledger;
 mod progress;
 mod project;
 mod raw;
+mod residue;
 mod table;
 mod template;
 mod terminal;
