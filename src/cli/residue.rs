@@ -1,6 +1,7 @@
 //! `shakedown bench residue`: the matrix of layouts, actions and levels, and how long it takes.
 
 use super::Verdict;
+use super::plan::Choice;
 use super::progress::Progress;
 use super::project::Project;
 use super::table::{Cell, Table};
@@ -10,8 +11,8 @@ use serde_json::json;
 use shakedown::harness::Errand;
 use shakedown::record::Outcome;
 use shakedown::record::event::Events;
-use shakedown::storage::matrix::{self, Case, Cleaner};
-use shakedown::storage::{Action, LAYOUTS, Layout, layout_named};
+use shakedown::storage::matrix::{self, Case};
+use shakedown::storage::{Action, CLEANER, Cleaner, LAYOUTS, Layout, layout_named};
 use std::io;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -22,6 +23,9 @@ pub(super) struct Residue {
     /// Only this layout; can be given several times [default: all]
     #[arg(long = "layout", value_name = "NAME")]
     layouts: Vec<String>,
+    /// Only this action; can be given several times [default: all]
+    #[arg(long = "action", value_enum, value_name = "ACTION")]
+    actions: Vec<Choice>,
     /// A POSIX script that cleans, instead of the image's `storage-cleanup`; it gets `--action ACTION DISK...`
     #[arg(long, value_name = "FILE")]
     cleaner: Option<PathBuf>,
@@ -42,8 +46,12 @@ impl Residue {
             [] => LAYOUTS.iter().collect(),
             names => names.iter().map(|name| layout_named(name)).collect::<Result<_>>()?,
         };
+        let actions = match &self.actions[..] {
+            [] => Action::ALL.to_vec(),
+            some => some.iter().map(|action| action.action()).collect(),
+        };
         let cleaner = match &self.cleaner {
-            None => Cleaner::Ours,
+            None => Cleaner::Command(CLEANER.into()),
             Some(file) => Cleaner::Script(
                 std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?,
             ),
@@ -55,14 +63,14 @@ impl Residue {
             let origin = vm.origin().context("this machine was not forked")?;
             // What comes before is the template's, once for all.
             let begun = Instant::now();
-            let cases = matrix::run_all(&origin, &layouts, &Action::ALL, &cleaner, self.machines.into())?;
+            let cases = matrix::run_all(&origin, &layouts, &actions, &cleaner, self.machines.into())?;
             Ok((cases, begun.elapsed().as_secs_f64()))
         })?;
         progress.finish();
-        let count = |outcome| cases.iter().filter(|case| case.outcome == outcome).count();
+        let count = |outcome| cases.iter().filter(|case| case.verdict.outcome == outcome).count();
         let (failed, errors) = (count(Outcome::Failed), count(Outcome::Error));
         if self.json {
-            let bad: Vec<_> = cases.iter().filter(|case| case.outcome != Outcome::Passed).collect();
+            let bad: Vec<_> = cases.iter().filter(|case| case.verdict.outcome != Outcome::Passed).collect();
             terminal::print_json(&json!({
                 "bench": "residue",
                 "schema_version": 1,
@@ -92,17 +100,19 @@ fn text(cases: &[Case]) -> String {
     let mut table = Table::new(["LAYOUT", "ACTION", "LEVEL", "OUTCOME"]);
     let mut reasons = String::new();
     for case in cases {
-        let colour = if case.outcome == Outcome::Passed { Colour::Green } else { Colour::Red };
+        let colour = if case.verdict.outcome == Outcome::Passed { Colour::Green } else { Colour::Red };
         table.row([
             case.layout.into(),
             case.action.as_str().into(),
-            case.level.to_string().into(),
-            Cell::coloured(case.outcome.to_string(), colour),
+            case.verdict.level.to_string().into(),
+            Cell::coloured(case.verdict.outcome.to_string(), colour),
         ]);
-        if case.outcome != Outcome::Passed {
-            let reason = case.reason.as_deref().unwrap_or_default();
-            reasons +=
-                &format!("\n{}, {}, {}: {}\n{reason}\n", case.layout, case.action, case.level, case.outcome);
+        if case.verdict.outcome != Outcome::Passed {
+            let reason = case.verdict.reason.as_deref().unwrap_or_default();
+            reasons += &format!(
+                "\n{}, {}, {}: {}\n{reason}\n",
+                case.layout, case.action, case.verdict.level, case.verdict.outcome
+            );
         }
     }
     format!("{}{reasons}\n", table.render(Paint::of(&io::stdout())))

@@ -63,9 +63,11 @@ pub struct Graph {
     holders: Vec<BTreeSet<usize>>,
 }
 
-/// The commands that tell the graph, each printing JSON.
-pub const LOOK: [&str; 3] = [
-    "lsblk --json --paths -o NAME,TYPE,FSTYPE,MOUNTPOINTS",
+/// The commands that tell the graph: its devices, what is on each, and LVM's part.
+pub(super) const LOOK: [&str; 4] = [
+    "lsblk --json --paths -o NAME,TYPE,MOUNTPOINTS",
+    // Not by lsblk, which has it from udev, which may not be there.
+    "lsblk --list --noheadings --paths -o NAME | sort -u | while read -r dev; do echo \"$dev $(blkid -p -o value -s TYPE $dev)\"; done",
     "if command -v pvs >/dev/null; then pvs --reportformat json -o pv_name,vg_name; else echo '{}'; fi",
     "if command -v lvs >/dev/null; then lvs --reportformat json -o vg_name,lv_dm_path; else echo '{}'; fi",
 ];
@@ -80,7 +82,6 @@ struct Device {
     name: String,
     #[serde(rename = "type")]
     kind: String,
-    fstype: Option<String>,
     #[serde(default)]
     mountpoints: Vec<Option<String>>,
     #[serde(default)]
@@ -99,8 +100,8 @@ impl Graph {
     ///
     /// # Errors
     /// A host [`Fault`] when that is not what these programs print.
-    pub fn read(texts: [&str; 3]) -> Result<Self> {
-        let [lsblk, pvs, lvs] = texts;
+    pub fn read(texts: [&str; 4]) -> Result<Self> {
+        let [lsblk, contents, pvs, lvs] = texts;
         let odd = |program: &str| Fault::host(format!("{program} printed no JSON of its kind"));
         let lsblk: Lsblk = serde_json::from_str(lsblk).with_context(|| odd("lsblk"))?;
         let pvs: Report = serde_json::from_str(pvs).with_context(|| odd("pvs"))?;
@@ -109,10 +110,20 @@ impl Graph {
         for device in &lsblk.blockdevices {
             graph.take(device, None);
         }
+        for (device, content) in contents.lines().filter_map(|line| line.split_once(' ')) {
+            if let Some(node) = graph.find(device) {
+                graph.nodes[node].content = match content {
+                    "LVM2_member" => Content::Physical,
+                    "crypto_LUKS" => Content::Luks,
+                    "linux_raid_member" => Content::Member,
+                    _ => Content::Other,
+                };
+            }
+        }
         for row in pvs.rows("pv") {
             let (Some(pv), Some(vg)) = (row.get("pv_name"), row.get("vg_name")) else { continue };
             if let (Some(pv), false) = (graph.find(pv), vg.is_empty()) {
-                let vg = graph.group(vg);
+                let vg = graph.node(vg, Kind::Group);
                 graph.stands_on(vg, pv);
             }
         }
@@ -120,7 +131,7 @@ impl Graph {
             let (Some(vg), Some(lv)) = (row.get("vg_name"), row.get("lv_dm_path")) else { continue };
             // One that is not active goes with its group.
             if let Some(lv) = graph.find(lv) {
-                let vg = graph.group(vg);
+                let vg = graph.node(vg, Kind::Group);
                 graph.stands_on(lv, vg);
             }
         }
@@ -131,50 +142,35 @@ impl Graph {
         Ok(graph)
     }
 
-    /// A node, which is there once however many others it stands on.
-    pub fn add(&mut self, node: Node) -> usize {
-        if let Some(there) = self.find(&node.name) {
+    /// The node of that name, made unless it is there.
+    pub(super) fn node(&mut self, name: &str, kind: Kind) -> usize {
+        if let Some(there) = self.find(name) {
             return there;
         }
-        self.nodes.push(node);
+        let (name, content) = (name.to_owned(), Content::Other);
+        self.nodes.push(Node { name, kind, content, mounted: false, swap: false, hidden: false });
         self.holders.push(BTreeSet::new());
         self.nodes.len() - 1
     }
 
-    /// `holder` stands on `below`.
-    pub fn stands_on(&mut self, holder: usize, below: usize) {
-        self.holders[below].insert(holder);
+    pub(super) fn node_mut(&mut self, node: usize) -> &mut Node {
+        &mut self.nodes[node]
     }
 
-    /// All nodes.
-    pub fn nodes(&self) -> &[Node] {
-        &self.nodes
+    /// `holder` stands on `below`.
+    pub(super) fn stands_on(&mut self, holder: usize, below: usize) {
+        self.holders[below].insert(holder);
     }
 
     fn find(&self, name: &str) -> Option<usize> {
         self.nodes.iter().position(|node| node.name == name)
     }
 
-    fn group(&mut self, name: &str) -> usize {
-        let (name, kind, content) = (name.to_owned(), Kind::Group, Content::Other);
-        self.add(Node { name, kind, content, mounted: false, swap: false, hidden: false })
-    }
-
     fn take(&mut self, device: &Device, below: Option<usize>) {
         let mounts = || device.mountpoints.iter().flatten();
-        let node = self.add(Node {
-            name: device.name.clone(),
-            kind: kind(device, below.is_some()),
-            content: match device.fstype.as_deref() {
-                Some("LVM2_member") => Content::Physical,
-                Some("crypto_LUKS") => Content::Luks,
-                Some("linux_raid_member") => Content::Member,
-                _ => Content::Other,
-            },
-            mounted: mounts().any(|place| place != "[SWAP]"),
-            swap: mounts().any(|place| place == "[SWAP]"),
-            hidden: false,
-        });
+        let node = self.node(&device.name, kind(device, below.is_some()));
+        self.nodes[node].mounted = mounts().any(|place| place != "[SWAP]");
+        self.nodes[node].swap = mounts().any(|place| place == "[SWAP]");
         if let Some(below) = below {
             self.stands_on(node, below);
         }
@@ -241,15 +237,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn node(number: usize) -> Node {
-        Node {
-            name: format!("/dev/n{number}"),
-            kind: Kind::Mapped,
-            content: Content::Other,
-            mounted: false,
-            swap: false,
-            hidden: false,
-        }
+    fn name(number: usize) -> String {
+        format!("/dev/n{number}")
     }
 
     proptest! {
@@ -260,7 +249,7 @@ mod tests {
             roots in prop::collection::vec(0_usize..40, 1..6),
         ) {
             let mut graph = Graph::default();
-            (0..count).for_each(|number| { graph.add(node(number)); });
+            (0..count).for_each(|number| { graph.node(&name(number), Kind::Mapped); });
             let edges: BTreeSet<_> = edges
                 .into_iter()
                 .map(|(a, b)| (a % count, b % count))
@@ -271,9 +260,9 @@ mod tests {
             for &(below, holder) in &edges {
                 graph.stands_on(holder, below);
             }
-            let names: Vec<_> = roots.iter().map(|root| node(root % count).name).collect();
+            let names: Vec<_> = roots.iter().map(|root| name(root % count)).collect();
             let order: Vec<_> = graph.teardown_order(&names).iter().map(|node| node.name.clone()).collect();
-            let place = |number: usize| order.iter().position(|name| *name == node(number).name);
+            let place = |number: usize| order.iter().position(|there| *there == name(number));
             for &(below, holder) in &edges {
                 if let Some(below) = place(below) {
                     let holder = place(holder);
@@ -287,20 +276,22 @@ mod tests {
     }
 
     const LSBLK: &str = r#"{"blockdevices": [
-        {"name":"/dev/vda","type":"disk","fstype":null,"mountpoints":[null],
-         "children":[{"name":"/dev/vda1","type":"part","fstype":"ext4","mountpoints":["/"]}]},
-        {"name":"/dev/vdb","type":"disk","fstype":"linux_raid_member","mountpoints":[null],
-         "children":[{"name":"/dev/md127","type":"raid1","fstype":"LVM2_member","mountpoints":[null],
-          "children":[{"name":"/dev/mapper/vg-lv","type":"lvm","fstype":"swap","mountpoints":["[SWAP]"]}]}]},
-        {"name":"/dev/vdc","type":"disk","fstype":"linux_raid_member","mountpoints":[null],
-         "children":[{"name":"/dev/md127","type":"raid1","fstype":"LVM2_member","mountpoints":[null],
-          "children":[{"name":"/dev/mapper/vg-lv","type":"lvm","fstype":"swap","mountpoints":["[SWAP]"]}]}]}]}"#;
+        {"name":"/dev/vda","type":"disk","mountpoints":[null],
+         "children":[{"name":"/dev/vda1","type":"part","mountpoints":["/"]}]},
+        {"name":"/dev/vdb","type":"disk","mountpoints":[null],
+         "children":[{"name":"/dev/md127","type":"raid1","mountpoints":[null],
+          "children":[{"name":"/dev/mapper/vg-lv","type":"lvm","mountpoints":["[SWAP]"]}]}]},
+        {"name":"/dev/vdc","type":"disk","mountpoints":[null],
+         "children":[{"name":"/dev/md127","type":"raid1","mountpoints":[null],
+          "children":[{"name":"/dev/mapper/vg-lv","type":"lvm","mountpoints":["[SWAP]"]}]}]}]}"#;
+    const CONTENTS: &str = "/dev/vda\n/dev/vda1 ext4\n/dev/vdb linux_raid_member\n/dev/vdc linux_raid_member\n\
+        /dev/md127 LVM2_member\n/dev/mapper/vg-lv swap\n";
     const PVS: &str = r#"{"report": [{"pv": [{"pv_name":"/dev/md127", "vg_name":"vg"}]}]}"#;
     const LVS: &str = r#"{"report": [{"lv": [{"vg_name":"vg", "lv_dm_path":"/dev/mapper/vg-lv"}]}]}"#;
 
     #[test]
     fn lvm_goes_before_md_and_md_before_its_members() {
-        let graph = Graph::read([LSBLK, PVS, LVS]).expect("reads");
+        let graph = Graph::read([LSBLK, CONTENTS, PVS, LVS]).expect("reads");
         let disks = ["/dev/vdb".to_owned(), "/dev/vdc".to_owned()];
         let steps = super::super::teardown::steps(&graph, &disks, super::super::Action::Discard);
         let what: Vec<_> = steps.iter().map(|step| &*step.what).collect();
@@ -328,7 +319,7 @@ mod tests {
 
     #[test]
     fn half_of_an_array_is_not_ours_to_clean() {
-        let graph = Graph::read([LSBLK, "{}", "{}"]).expect("reads");
+        let graph = Graph::read([LSBLK, CONTENTS, "{}", "{}"]).expect("reads");
         assert_eq!(graph.shared_with(&["/dev/vdb".to_owned()]), ["/dev/vdc"]);
         assert!(graph.shared_with(&["/dev/vdb".to_owned(), "/dev/vdc".to_owned()]).is_empty());
     }

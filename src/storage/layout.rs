@@ -40,6 +40,7 @@ pub enum Dev {
 
 /// One step of a layout's construction.
 #[derive(Debug)]
+#[allow(missing_docs, reason = "the fields are named for what they hold")]
 pub enum Layer {
     /// A GPT with so many partitions of equal size.
     Table { disk: usize, parts: u8 },
@@ -85,7 +86,7 @@ pub struct Array {
 pub enum Fs {
     Ext4,
     Xfs,
-    /// On one device, or with all its data on each of several.
+    /// On one device or several.
     Btrfs,
 }
 

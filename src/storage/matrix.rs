@@ -4,14 +4,12 @@
 //! get faster the longer they run, and a fork starts cold. They are seeded once; each action then
 //! gets a fork of the machine with all of them. Raw disks are searched after the machine is off.
 
-use super::layout::Layout;
-use super::plan::{Evidence, Plan};
+use super::conduct::{self, Cleaner, Verdict};
+use super::layout::{DISK_BYTES, Layout};
+use super::plan::Evidence;
 use super::scan;
-use super::teardown::{Action, CLEANER};
-use super::verify::{self, Level};
-use super::{DISK_BYTES, Phase};
-use crate::connection::Cmd;
-use crate::fault::{Blame, Fault, blame};
+use super::teardown::Action;
+use super::verify::Level;
 use crate::image::STORAGE;
 use crate::record::Outcome;
 use crate::vm::template::Checkpoint;
@@ -28,17 +26,6 @@ const DISKS: usize = 12;
 pub const MACHINE: Needs =
     Needs { image: Some(STORAGE), memory_mib: 512, disks: &[DISK; DISKS + 1], ..Needs::DEFAULT };
 
-/// What cleans.
-#[derive(Clone, Debug)]
-pub enum Cleaner {
-    /// The image's own `storage-cleanup`.
-    Ours,
-    /// A command line of the machine. It gets `--action ACTION DISK...`.
-    Command(String),
-    /// A POSIX script, given to the machine's `sh`, with the same arguments.
-    Script(String),
-}
-
 /// One cell of the matrix.
 #[derive(Clone, Debug, Serialize)]
 pub struct Case {
@@ -46,12 +33,9 @@ pub struct Case {
     pub layout: &'static str,
     /// What the cleaner was to do.
     pub action: Action,
-    /// What was looked at.
-    pub level: Level,
-    /// How it ended.
-    pub outcome: Outcome,
-    /// Why it did not pass; for a pass, what was found although nothing had to be gone.
-    pub reason: Option<String>,
+    /// What came of it.
+    #[serde(flatten)]
+    pub verdict: Verdict,
 }
 
 /// A layout on its disks.
@@ -95,12 +79,8 @@ impl Placed {
         self.first..self.first + self.layout.disks()
     }
 
-    fn case(&self, action: Action, level: Level, outcome: Outcome, reason: Option<String>) -> Case {
-        Case { layout: self.layout.name, action, level, outcome, reason }
-    }
-
-    fn all_cases(&self, action: Action, outcome: Outcome, reason: &str) -> impl Iterator<Item = Case> {
-        Level::ALL.map(|level| self.case(action, level, outcome, Some(reason.to_owned()))).into_iter()
+    fn case(&self, action: Action, verdict: Verdict) -> Case {
+        Case { layout: self.layout.name, action, verdict }
     }
 }
 
@@ -110,83 +90,16 @@ const BYSTANDER: &str = "this disk is not yours";
 /// Makes a layout on a machine.
 ///
 /// # Errors
-/// A host [`Fault`] when it cannot be made: nothing is said of any cleaner then. What was begun is
-/// cleaned.
+/// As [`conduct::seed`].
 pub fn seed(vm: &mut Vm, placed: &Placed) -> Result<()> {
-    let disks = placed.disks();
-    let plan = placed.layout.seed(&disks);
-    let evidence = run(vm, &plan)?;
-    let Some(failure) = evidence.failure() else { return Ok(()) };
-    let swept = clean(vm, placed, Action::WipeSignatures, &Cleaner::Ours);
-    let swept = swept.err().map(|error| format!("\nIts beginnings were not cleaned: {error:#}"));
-    let name = placed.layout.name;
-    Err(Fault::host(format!("the layout {name} cannot be made: {failure}{}", swept.unwrap_or_default()))
-        .into())
+    let seeded = conduct::seed(&mut vm.shell()?, placed.layout, &placed.disks())?;
+    keep(vm, placed, "seed", &seeded)
 }
 
-/// Has a cleaner clean the disks of a layout.
-///
-/// # Errors
-/// A machine [`Fault`] when it fails or hangs.
-pub fn clean(vm: &mut Vm, placed: &Placed, action: Action, cleaner: &Cleaner) -> Result<()> {
-    let arguments = format!("--action {action} {}", placed.disks().join(" "));
-    let cmd = match cleaner {
-        Cleaner::Ours => Cmd::new(format!("{CLEANER} {arguments}")),
-        Cleaner::Command(line) => Cmd::new(format!("{line} {arguments}")),
-        Cleaner::Script(text) => Cmd::new(format!("sh -s -- {arguments}")).stdin(text.as_bytes()),
-    };
-    let output = vm.shell()?.run(cmd.allow_failure())?;
-    let said = [&output.stdout[..], &output.stderr].concat();
-    let label = format!("{}-{action}-cleaner", placed.layout.name);
-    vm.file(&label, "txt", &said);
-    if output.success() {
-        return Ok(());
-    }
-    Err(Fault::machine(format!(
-        "the cleaner ended with {}:\n{}",
-        output.exit,
-        String::from_utf8_lossy(&said).trim_end()
-    ))
-    .into())
-}
-
-/// The levels that need a running machine.
-fn verify(vm: &mut Vm, placed: &Placed, action: Action, cleaned: Result<()>) -> Result<[Case; 2]> {
-    let disks = placed.disks();
-    let case = |level, reason: Option<String>| {
-        let outcome = if reason.is_some() { Outcome::Failed } else { Outcome::Passed };
-        placed.case(action, level, outcome, reason)
-    };
-    let look = |steps| Plan { layout: placed.layout.name, phase: Phase::Verify, disks: disks.clone(), steps };
-    let gone = run(vm, &look(verify::gone(placed.layout, &disks)))?;
-    let mut found = gone.residue();
-    found.extend(gone.failure());
-    found.extend(cleaned.err().map(|error| format!("{error:#}")));
-    let gone = case(Level::Gone, joined(found));
-    let again = run(vm, &look(verify::resurrect(placed.layout, &disks)))?;
-    let back = match (again.residue(), again.failure()) {
-        (found, _) if !found.is_empty() => {
-            let how = again.made().join("\n");
-            case(Level::NotResurrectable, joined([vec![how], found].concat()))
-        }
-        (_, None) => case(Level::NotResurrectable, None),
-        // Where something is left, it may be in the way.
-        (_, Some(failure)) if gone.outcome == Outcome::Failed => case(Level::NotResurrectable, Some(failure)),
-        (_, Some(failure)) => placed.case(action, Level::NotResurrectable, Outcome::Error, Some(failure)),
-    };
-    Ok([gone, back])
-}
-
-fn joined(lines: Vec<String>) -> Option<String> {
-    (!lines.is_empty()).then(|| lines.join("\n"))
-}
-
-fn run(vm: &mut Vm, plan: &Plan) -> Result<Evidence> {
-    let evidence = plan.run(&mut vm.shell()?)?;
-    let label = format!("{}-{:?}", plan.layout, plan.phase).to_lowercase();
-    let json = serde_json::to_vec_pretty(&evidence).context("evidence is no JSON")?;
-    vm.file(&label, "json", &json);
-    Ok(evidence)
+fn keep(vm: &Vm, placed: &Placed, what: &str, evidence: &Evidence) -> Result<()> {
+    let json = serde_json::to_vec_pretty(evidence).context("evidence is no JSON")?;
+    vm.file(&format!("{}-{what}", placed.layout.name), "json", &json);
+    Ok(())
 }
 
 /// Cleans the layouts that a machine has, and looks at all levels. The machine is gone afterwards.
@@ -196,41 +109,48 @@ fn run(vm: &mut Vm, plan: &Plan) -> Result<Evidence> {
 pub fn prove(mut vm: Vm, batch: &[Placed], action: Action, cleaner: &Cleaner) -> Result<Vec<Case>> {
     let mut cases = Vec::new();
     for placed in batch {
-        let cleaned = clean(&mut vm, placed, action, cleaner);
-        if let Err(error) = &cleaned
-            && blame(error) != Some(Blame::Machine)
-        {
-            return cleaned.map(|()| cases);
-        }
-        cases.extend(verify(&mut vm, placed, action, cleaned)?);
+        let disks = placed.disks();
+        let cleaned = conduct::clean(&mut vm.shell()?, &disks, action, cleaner)?;
+        keep(&vm, placed, "teardown", &cleaned)?;
+        let (verdicts, evidence) = conduct::verify(&mut vm.shell()?, placed.layout, &disks, &cleaned)?;
+        keep(&vm, placed, "verify", &evidence)?;
+        cases.extend(verdicts.into_iter().map(|verdict| placed.case(action, verdict)));
     }
+    let verdicts = search_raw(&mut vm, batch, action)?;
+    cases.extend(batch.iter().zip(verdicts).map(|(placed, verdict)| placed.case(action, verdict)));
+    vm.finish(cases.iter().all(|case| case.verdict.outcome == Outcome::Passed));
+    Ok(cases)
+}
+
+/// Powers the machine off and searches the disks of layouts that were cleaned by `action`.
+///
+/// # Errors
+/// When the machine fails us.
+pub fn search_raw(vm: &mut Vm, batch: &[Placed], action: Action) -> Result<Vec<Verdict>> {
     vm.shell()?.run("sync")?;
     vm.cut_power()?;
-    let bystander = vm.raw_disk(0, |image| Ok(std::fs::read(image)?.starts_with(BYSTANDER.as_bytes())))?;
-    for placed in batch {
-        let mut found = Vec::new();
-        for number in placed.numbers() {
-            let deadline = vm.deadline().clone();
-            let finds = vm.raw_disk(number, |image| scan::scan(image, &deadline))?;
-            found.extend(
-                finds.iter().map(|find| format!("{}: {find}", placed.disks()[number - placed.first])),
-            );
-        }
-        let clean = found.is_empty() || !action.erases();
-        let outcome = if clean && bystander { Outcome::Passed } else { Outcome::Failed };
-        if !bystander {
-            found.insert(0, "/dev/vda was not to be cleaned, and was".into());
-        }
-        cases.push(placed.case(action, Level::Erased, outcome, joined(found)));
+    let untouched = vm.raw_disk(0, |image| Ok(std::fs::read(image)?.starts_with(BYSTANDER.as_bytes())))?;
+    batch.iter().map(|placed| erased(vm, placed, action, untouched)).collect()
+}
+
+/// The level that needs the machine off.
+fn erased(vm: &Vm, placed: &Placed, action: Action, untouched: bool) -> Result<Verdict> {
+    let mut found = Vec::new();
+    for (number, disk) in placed.numbers().zip(placed.disks()) {
+        let finds = vm.raw_disk(number, |image| scan::scan(image, vm.deadline()))?;
+        found.extend(finds.iter().map(|find| format!("{disk}: {find}")));
     }
-    vm.finish(cases.iter().all(|case| case.outcome == Outcome::Passed));
-    Ok(cases)
+    if !untouched {
+        return Ok(Verdict::of(Level::Erased, vec!["/dev/vda was not to be cleaned, and was".into()]));
+    }
+    let verdict = Verdict::of(Level::Erased, found);
+    Ok(if action.erases() { verdict } else { Verdict { outcome: Outcome::Passed, ..verdict } })
 }
 
 /// Something to do on a machine.
 enum Job {
     Seed(Vec<Placed>),
-    Prove(Checkpoint, Vec<Placed>, Action),
+    Prove(Box<Checkpoint>, Vec<Placed>, Action),
 }
 
 struct Queue {
@@ -291,7 +211,7 @@ pub fn run_all(
         return Err(error);
     }
     let place = |name: &str| layouts.iter().position(|layout| layout.name == name);
-    cases.sort_by_key(|case| (place(case.layout), case.action, case.level));
+    cases.sort_by_key(|case| (place(case.layout), case.action, case.verdict.level));
     Ok(cases)
 }
 
@@ -309,27 +229,19 @@ fn do_job(
             let mut vm = origin.fork()?;
             mark_bystander(&mut vm)?;
             let mut cases = Vec::new();
-            let mut trouble = None;
-            batch.retain(|placed| match seed(&mut vm, placed) {
-                Ok(()) => true,
-                Err(error) if error.is::<Fault>() => {
-                    let reason = format!("{error:#}");
-                    cases.extend(
-                        actions.iter().flat_map(|action| placed.all_cases(*action, Outcome::Error, &reason)),
-                    );
-                    false
+            // What cannot be made is no error of the others.
+            batch.retain(|placed| {
+                let Err(error) = seed(&mut vm, placed) else { return true };
+                for (action, level) in actions.iter().flat_map(|a| Level::ALL.map(|level| (*a, level))) {
+                    let reason = Some(format!("{error:#}"));
+                    cases.push(placed.case(action, Verdict { level, outcome: Outcome::Error, reason }));
                 }
-                Err(error) => {
-                    trouble = Some(error);
-                    false
-                }
+                false
             });
-            if let Some(error) = trouble {
-                return Err(error);
-            }
             let checkpoint = vm.checkpoint("seeded")?;
             vm.finish(cases.is_empty());
-            let jobs = actions.iter().map(|action| Job::Prove(checkpoint.clone(), batch.clone(), *action));
+            let jobs =
+                actions.iter().map(|action| Job::Prove(Box::new(checkpoint.clone()), batch.clone(), *action));
             Ok((cases, jobs.collect()))
         }
     }

@@ -10,7 +10,9 @@
 //! back. Hence the levels: see [`Level`].
 
 pub mod catalog;
+mod conduct;
 mod graph;
+mod guard;
 mod layout;
 pub mod matrix;
 mod plan;
@@ -20,7 +22,9 @@ mod teardown;
 mod verify;
 
 pub use catalog::{CANONICAL, LAYOUTS, layout_named};
+pub use conduct::{Cleaner, Verdict, clean, seed, verify};
 pub use graph::Graph;
+pub use guard::admit;
 pub use layout::{DISK_BYTES, Dev, Layer, Layout, SENTINEL};
 pub use plan::{Ended, Evidence, Expect, Phase, Plan, Step};
 pub use scan::{Find, scan};
@@ -33,10 +37,11 @@ impl Layout {
         self.plan(Phase::Seed, disks, seed::steps(self, disks))
     }
 
-    /// The plan that takes away what is on `disks`, by the cleaner's script.
+    /// The plan that takes the layout away from `disks`, and then does `action`, as it would be if
+    /// nothing else stood on them. On a machine the block graph decides; see [`clean`].
     pub fn teardown(&self, disks: &[String], action: Action) -> Plan {
-        let run = format!("sh -s -- --action {action} {} <<'CLEANER'\n{}CLEANER", disks.join(" "), cleaner());
-        self.plan(Phase::Teardown, disks, vec![Step::must("clean", run)])
+        let graph = seed::graph(self, disks);
+        self.plan(Phase::Teardown, disks, teardown::steps(&graph, disks, action))
     }
 
     /// The plan that looks whether the layout is gone from `disks`, and whether it comes back on

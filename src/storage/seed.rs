@@ -3,6 +3,7 @@
 //! The commands that give a container its geometry are here once; [`verify`](super::verify) makes
 //! the same containers again, on copies, by the same lines.
 
+use super::graph::{Content, Graph, Kind};
 use super::layout::{Array, Dev, Fs, Layer, Layout, SENTINEL};
 use super::plan::Step;
 use super::teardown;
@@ -16,6 +17,8 @@ pub(super) enum Names<'a> {
     Again,
 }
 
+/// Where there is udev, it may still be at work on what changed.
+pub(super) const SETTLE: &str = "if command -v udevadm >/dev/null; then udevadm settle; fi";
 /// For volumes that live for minutes, and must open in a moment.
 const KEY: &str = "printf residue-key |";
 
@@ -60,7 +63,7 @@ pub(super) fn table(disk: usize, parts: u8, names: Names<'_>) -> String {
     let lines: String = (1..parts).map(|_| format!("size={}KiB\\n", size >> 10)).collect();
     format!(
         "printf 'label: gpt\\n{lines},\\n' | sfdisk --quiet --wipe never --wipe-partitions never {disk}\n\
-         udevadm settle"
+         {SETTLE}"
     )
 }
 
@@ -119,8 +122,9 @@ pub(super) fn steps(layout: &Layout, disks: &[String]) -> Vec<Step> {
                 steps.push(Step::must(format!("create the volume group {name}"), create));
             }
             Layer::Lv { vg, name, how } => {
-                let group = if how.contains("-s ") { "" } else { *vg };
-                let create = format!("lvcreate -y -Wy -n {name} {how} {group}");
+                // A snapshot names its origin, and has what that has.
+                let (wipe, group) = if how.contains("-s ") { ("", "") } else { ("-Wy ", *vg) };
+                let create = format!("lvcreate -y {wipe}-n {name} {how} {group}");
                 steps.push(Step::must(format!("create the volume {vg}/{name}"), create.trim_end()));
             }
             Layer::Fs { kind, on } => {
@@ -129,7 +133,7 @@ pub(super) fn steps(layout: &Layout, disks: &[String]) -> Vec<Step> {
                     Fs::Ext4 => format!("mkfs.ext4 -q -F {devs}"),
                     // Small ones are for tests.
                     Fs::Xfs => format!("mkfs.xfs -q -f --unsupported {devs}"),
-                    Fs::Btrfs if on.len() > 1 => format!("mkfs.btrfs -q -f -M -d raid1 -m raid1 {devs}"),
+                    Fs::Btrfs if on.len() > 1 => format!("mkfs.btrfs -q -f -M -d single -m single {devs}"),
                     Fs::Btrfs => format!("mkfs.btrfs -q -f -M {devs}"),
                 };
                 steps.push(Step::must(format!("make {kind:?} on {devs}").to_lowercase(), make));
@@ -148,8 +152,8 @@ pub(super) fn steps(layout: &Layout, disks: &[String]) -> Vec<Step> {
             Layer::Bcache { cache, backing } => {
                 let (cache, backing) = (names.dev(*cache), names.dev(*backing));
                 let make = format!(
-                    "modprobe bcache && make-bcache --wipe-bcache -C {cache} -B {backing} && udevadm settle\n\
-                     [ -b /dev/bcache0 ] || {{ for dev in {cache} {backing}; do echo $dev >/sys/fs/bcache/register; done; udevadm settle; }}\n\
+                    "modprobe bcache && make-bcache --wipe-bcache -C {cache} -B {backing} && {SETTLE}\n\
+                     [ -b /dev/bcache0 ] || {{ for dev in {cache} {backing}; do echo $dev >/sys/fs/bcache/register; done; {SETTLE}; }}\n\
                      [ -b /dev/bcache0 ]"
                 );
                 steps.push(Step::must(format!("cache {backing} on {cache}"), make));
@@ -163,6 +167,50 @@ pub(super) fn steps(layout: &Layout, disks: &[String]) -> Vec<Step> {
         }
     }
     steps
+}
+
+/// The block graph of a machine that has the layout on `disks`, and nothing else.
+pub(super) fn graph(layout: &Layout, disks: &[String]) -> Graph {
+    let names = Names::Own(disks);
+    let mut graph = Graph::default();
+    for disk in disks {
+        graph.node(disk, Kind::Disk);
+    }
+    for layer in layout.layers {
+        let on: Vec<_> = layer.on().iter().map(|dev| graph.node(&names.dev(*dev), Kind::Disk)).collect();
+        let made = match layer {
+            Layer::Table { disk, parts } => {
+                let part = |part| (names.dev(Dev::Part(*disk, part)), Kind::Partition);
+                (1..=*parts).map(part).collect()
+            }
+            Layer::Md(md) => vec![(names.dev(Dev::Md(md.number)), Kind::Raid)],
+            Layer::Luks { name, .. } => vec![(names.dev(Dev::Crypt(name)), Kind::Crypt)],
+            Layer::Vg { name, .. } => vec![((*name).to_owned(), Kind::Group)],
+            Layer::Lv { vg, name, .. } => vec![(names.dev(Dev::Lv(vg, name)), Kind::Volume)],
+            Layer::Bcache { .. } => vec![(names.dev(Dev::Bcache(0)), Kind::Bcache)],
+            Layer::Fs { .. } | Layer::Swap { .. } | Layer::Zfs { .. } | Layer::Raw { .. } => Vec::new(),
+        };
+        for (name, kind) in made {
+            let made = graph.node(&name, kind);
+            on.iter().for_each(|below| graph.stands_on(made, *below));
+            if let Layer::Lv { vg, .. } = layer {
+                let group = graph.node(vg, Kind::Group);
+                graph.stands_on(made, group);
+            }
+        }
+        for (number, below) in on.into_iter().enumerate() {
+            let node = graph.node_mut(below);
+            match layer {
+                Layer::Md(_) => node.content = Content::Member,
+                Layer::Luks { .. } => node.content = Content::Luks,
+                Layer::Vg { .. } => node.content = Content::Physical,
+                Layer::Fs { .. } => node.mounted = number == 0,
+                Layer::Swap { .. } => node.swap = true,
+                _ => {}
+            }
+        }
+    }
+    graph
 }
 
 /// Four labels of 256 KiB, two at each end, with uberblocks in their second half and the sentinel

@@ -88,5 +88,5 @@ for disk; do
         overwrite) try do_overwrite "$disk" ;;
     esac
 done
-udevadm settle
+! command -v udevadm >/dev/null || udevadm settle
 exit "$failed"

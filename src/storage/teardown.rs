@@ -6,6 +6,7 @@
 
 use super::graph::{Content, Graph, Kind};
 use super::plan::Step;
+use super::seed::SETTLE;
 use std::fmt::Write as _;
 
 /// What becomes of the disks once nothing stands on them.
@@ -141,7 +142,7 @@ fn kind_acts(kind: Kind) -> &'static [&'static Act] {
 }
 
 /// The steps that take away all that stands on `disks`, in the order of the graph, and then `action`.
-pub fn steps(graph: &Graph, disks: &[String], action: Action) -> Vec<Step> {
+pub(super) fn steps(graph: &Graph, disks: &[String], action: Action) -> Vec<Step> {
     let mut steps = Vec::new();
     for node in graph.teardown_order(disks) {
         let uses = [(node.mounted, &UNMOUNT), (node.swap, &SWAPOFF)];
@@ -158,7 +159,7 @@ pub fn steps(graph: &Graph, disks: &[String], action: Action) -> Vec<Step> {
         Action::Overwrite => Some(&OVERWRITE),
     };
     steps.extend(disks.iter().zip(last.iter().cycle()).map(|(disk, act)| act.step(disk)));
-    steps.push(Step::must("let udev finish", "udevadm settle"));
+    steps.push(Step::must("let udev finish", SETTLE));
     steps
 }
 
@@ -174,13 +175,17 @@ pub fn cleaner() -> String {
 /// Where the cleaner is in images that have it.
 pub const CLEANER: &str = "/usr/local/sbin/storage-cleanup";
 
+/// A line that gives the cleaner to a shell.
+pub(super) fn by_script(disks: &[String], action: Action) -> String {
+    format!("sh -s -- --action {action} {} <<'CLEANER'\n{}CLEANER", disks.join(" "), cleaner())
+}
+
 /// A line that cleans the disks unless nothing was ever on them: seeds are repeated.
 pub(super) fn unless_blank(disks: &[String]) -> String {
-    let disks = disks.join(" ");
+    let all = disks.join(" ");
     format!(
-        "[ -z \"$(lsblk -nro NAME,FSTYPE,PTTYPE {disks} | grep ' [^ ]'; lsblk -nro TYPE {disks} | grep -v disk)\" ] || {{\n\
-         sh -s -- --action wipe-signatures {disks} <<'CLEANER'\n{}CLEANER\n}}",
-        cleaner()
+        "[ -z \"$(wipefs -n --noheadings {all}; lsblk -nro TYPE {all} | grep -vx -e disk -e loop)\" ] || {{\n{}\n}}",
+        by_script(disks, Action::WipeSignatures)
     )
 }
 

@@ -7,7 +7,7 @@
 
 use super::layout::{Dev, Layer, Layout, SENTINEL};
 use super::plan::Step;
-use super::seed::{self, Names};
+use super::seed::{self, Names, SETTLE};
 
 /// How deep a cleanup is looked into.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
@@ -41,7 +41,7 @@ pub(super) fn gone(layout: &Layout, disks: &[String]) -> Vec<Step> {
     let all = disks.join(" ");
     let short: Vec<_> = disks.iter().map(|disk| disk.trim_start_matches("/dev/")).collect();
     let mut steps = vec![
-        Step::must("let udev finish", "udevadm settle"),
+        Step::must("let udev finish", SETTLE),
         Step::look(
             "what stands on the disks",
             format!("lsblk -nro NAME,TYPE,MOUNTPOINTS {all} | grep -v ' disk *$' | grep -v ' loop *$'"),
@@ -51,7 +51,7 @@ pub(super) fn gone(layout: &Layout, disks: &[String]) -> Vec<Step> {
         Step::look(
             "what udev remembers",
             format!(
-                "for dev in {all}; do udevadm info --query=property --name=$dev; done | grep -E '^ID_(FS|PART_TABLE)_TYPE='"
+                "for dev in {all}; do ! command -v udevadm >/dev/null || udevadm info --query=property --name=$dev; done | grep -E '^ID_(FS|PART_TABLE)_TYPE='"
             ),
         ),
         Step::look(
@@ -118,7 +118,7 @@ pub(super) fn resurrect(layout: &Layout, disks: &[String]) -> Vec<Step> {
                 undo.push(format!("[ ! -e /dev/md{number} ] || mdadm --quiet --stop /dev/md{number}\n"));
                 steps.push(Step::must(
                     format!("make the array /dev/md{} again, as /dev/md{number}", array.number),
-                    format!("{}\nudevadm settle", seed::array(array, names)),
+                    format!("{}\n{SETTLE}", seed::array(array, names)),
                 ));
             }
             Layer::Luks { on, name, .. } => {
@@ -134,17 +134,19 @@ pub(super) fn resurrect(layout: &Layout, disks: &[String]) -> Vec<Step> {
                 ));
             }
             Layer::Vg { name, on } => {
-                let devs = on.iter().map(|dev| names.dev(*dev)).collect::<Vec<_>>();
-                undo.push(format!(
-                    "[ ! -e /dev/{name} ] || vgchange -q -an --devices \"$group_devs\" {name}\n"
+                undo.push(format!("[ ! -e /dev/{name} ] || vgchange -q -an --devices \"$where\" {name}\n"));
+                let devs = on.iter().map(|dev| names.dev(*dev)).collect::<Vec<_>>().join(" ");
+                steps.push(Step::must(
+                    format!("where {name} could be"),
+                    format!(
+                        "where=; for dev in {devs}; do [ ! -b $dev ] || where=$where${{where:+,}}$dev; done"
+                    ),
                 ));
                 steps.push(Step::look(
                     format!("the volume group {name} is back"),
                     format!(
-                        "group_devs=; for dev in {}; do [ ! -b $dev ] || group_devs=$group_devs${{group_devs:+,}}$dev; done\n\
-                         if [ -n \"$group_devs\" ] && vgs --devices $group_devs --noheadings {name} 2>/dev/null; then\n\
-                         vgchange -q -ay --devices $group_devs {name} >/dev/null 2>&1; udevadm settle; fi",
-                        devs.join(" ")
+                        "[ -z \"$where\" ] || ! vgs --devices $where --noheadings {name} 2>/dev/null ||\n\
+                         {{ vgchange -q -ay --devices $where {name} >/dev/null 2>&1; {SETTLE}; }}"
                     ),
                 ));
             }
@@ -175,23 +177,35 @@ fn sentinel(layer: &Layer, dev: &str) -> String {
     }
 }
 
-/// Loop devices, because they can have partitions, on snapshots, whose changes go to memory.
+/// Loop devices, because they can have partitions, on snapshots, whose changes go to memory. Without
+/// the device mapper a small disk is copied whole.
 fn copies(disks: &[String]) -> String {
-    let mut text = String::from("modprobe -q -a dm-snapshot loop; mkdir -p /run/residue\n");
+    let mut text = String::from(
+        "modprobe -q -a dm-snapshot loop; mkdir -p /run/residue\n\
+         mapper=$(command -v dmsetup >/dev/null && dmsetup targets 2>/dev/null | grep -o ^snapshot)\n",
+    );
     for (number, disk) in disks.iter().enumerate() {
         text += &format!(
             "size{number}=$(blockdev --getsz {disk}) &&\n\
+             if [ -n \"$mapper\" ]; then\n\
              truncate -s $((size{number} * 512)) /run/residue/cow{number} &&\n\
              cow{number}=$(losetup --find --show /run/residue/cow{number}) &&\n\
              dmsetup create residue_copy{number} --table \"0 $size{number} snapshot {disk} $cow{number} N 8\" &&\n\
-             copy{number}=$(losetup --find --show --partscan /dev/mapper/residue_copy{number}) &&\n"
+             copy{number}=$(losetup --find --show --partscan /dev/mapper/residue_copy{number})\n\
+             else\n\
+             [ $size{number} -le {LARGEST_COPY} ] && cp --sparse=always {disk} /run/residue/cow{number} &&\n\
+             copy{number}=$(losetup --find --show --partscan /run/residue/cow{number})\n\
+             fi &&\n"
         );
     }
-    text + "udevadm settle"
+    text + SETTLE
 }
 
+/// In sectors: 256 MiB, which a machine's memory has.
+const LARGEST_COPY: u64 = 256 << 11;
+
 fn put_away(disks: usize, undo: &[String]) -> String {
-    let mut text = String::from("exec 2>/dev/null\nudevadm settle\numount /run/residue/again\n");
+    let mut text = format!("exec 2>/dev/null\n{SETTLE}\numount /run/residue/again\n");
     text.extend(undo.iter().rev().map(String::as_str));
     for number in 0..disks {
         text += &format!(
@@ -201,5 +215,5 @@ fn put_away(disks: usize, undo: &[String]) -> String {
              rm -f /run/residue/cow{number}\n"
         );
     }
-    text + "udevadm settle"
+    text + SETTLE
 }

@@ -8,5 +8,6 @@ mod identity;
 mod network;
 mod power;
 mod prebuilt;
+mod residue;
 
 shakedown::main!();
