@@ -56,3 +56,55 @@ impl Layout {
         Plan { layout: self.name, phase, disks: disks.to_vec(), steps }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::process::{Command, Stdio};
+
+    fn check(script: &str) {
+        let mut sh = Command::new("sh").arg("-n").stdin(Stdio::piped()).spawn().expect("sh");
+        sh.stdin.take().expect("piped").write_all(script.as_bytes()).expect("read");
+        assert!(sh.wait().expect("ends").success(), "{script}");
+    }
+
+    #[test]
+    fn every_plan_is_a_script_that_asks_nothing() {
+        check(&cleaner());
+        for layout in LAYOUTS {
+            let disks: Vec<_> = (0..layout.disks()).map(|number| format!("/dev/nvme{number}n1")).collect();
+            let teardown = layout.teardown(&disks, Action::Overwrite);
+            for plan in [layout.seed(&disks), teardown, layout.verify(&disks)] {
+                let script = plan.script();
+                check(&script);
+                assert!(script.contains("\nset -eu\n"), "{script}");
+                assert_eq!(
+                    script.matches("\n{\n").count(),
+                    script.matches("\n} </dev/null").count(),
+                    "{script}"
+                );
+            }
+        }
+        assert!(LAYOUTS.len() >= 24);
+    }
+
+    #[test]
+    fn the_plan_to_remove_a_layout_knows_all_of_it() {
+        for layout in LAYOUTS {
+            let disks: Vec<_> = (0..layout.disks()).map(|number| format!("/dev/vd{number}x")).collect();
+            let script = layout.teardown(&disks, Action::WipeSignatures).script();
+            for layer in layout.layers {
+                let word = match layer {
+                    Layer::Md(array) => format!("mdadm --quiet --stop /dev/md{}", array.number),
+                    Layer::Vg { name, .. } => format!("vgremove -q -ff -y {name}"),
+                    Layer::Luks { name, .. } => format!("dmsetup remove --retry /dev/mapper/{name}"),
+                    Layer::Fs { .. } => "umount --all-targets /dev/".into(),
+                    Layer::Swap { .. } => "swapoff /dev/".into(),
+                    _ => continue,
+                };
+                assert!(script.contains(&word), "{}: no {word} in\n{script}", layout.name);
+            }
+        }
+    }
+}

@@ -5,7 +5,7 @@
 //! anything. It makes again what anybody could make again without knowing more than the geometry:
 //! partition tables and arrays. What then shows up on them was left behind.
 
-use super::layout::{Dev, Layer, Layout, SENTINEL};
+use super::layout::{DISK_BYTES, Dev, Layer, Layout, SENTINEL};
 use super::plan::Step;
 use super::seed::{self, Names, SETTLE};
 
@@ -56,7 +56,11 @@ pub(super) fn gone(layout: &Layout, disks: &[String]) -> Vec<Step> {
         ),
         Step::look(
             "mounts and swap",
-            format!("grep -h -e ' /run/residue/{}-' /proc/self/mounts; {}", layout.name, grep_swap(&short)),
+            format!(
+                "grep -h -e ' /run/residue/{}-[0-9]* ' /proc/self/mounts; {}",
+                layout.name,
+                grep_swap(&short)
+            ),
         ),
     ];
     let mut names = Vec::new();
@@ -102,7 +106,7 @@ fn grep_swap(short: &[&str]) -> String {
 /// The looks of [`Level::NotResurrectable`], on copies that are put away afterwards.
 pub(super) fn resurrect(layout: &Layout, disks: &[String]) -> Vec<Step> {
     let names = Names::Again;
-    let mut steps = vec![Step::must("copy the disks, on write", copies(disks))];
+    let mut steps = vec![Step::must("copy the disks", copies(layout, disks))];
     // What makes it, undone in reverse.
     let mut undo = Vec::new();
     for layer in layout.layers {
@@ -162,7 +166,7 @@ pub(super) fn resurrect(layout: &Layout, disks: &[String]) -> Vec<Step> {
             }
         }
     }
-    steps.push(Step::always("put the copies away", put_away(disks.len(), &undo)));
+    steps.push(Step::always("put the copies away", put_away(layout, disks.len(), &undo)));
     steps
 }
 
@@ -177,42 +181,51 @@ fn sentinel(layer: &Layer, dev: &str) -> String {
     }
 }
 
-/// Loop devices, because they can have partitions, on snapshots, whose changes go to memory. Without
-/// the device mapper a small disk is copied whole.
-fn copies(disks: &[String]) -> String {
-    let mut text = String::from(
-        "modprobe -q -a dm-snapshot loop; mkdir -p /run/residue\n\
-         mapper=$(command -v dmsetup >/dev/null && dmsetup targets 2>/dev/null | grep -o ^snapshot)\n",
-    );
+/// Loop devices, because they can have partitions: over a snapshot, whose changes go to memory, or
+/// over a whole copy where the disk is so small that this is faster.
+fn copies(layout: &Layout, disks: &[String]) -> String {
+    let mut text = String::from("modprobe -q loop; mkdir -p /run/residue &&\n");
     for (number, disk) in disks.iter().enumerate() {
+        let (file, mapped) = (copy_file(layout, number), copy_mapped(layout, number));
         text += &format!(
-            "size{number}=$(blockdev --getsz {disk}) &&\n\
-             if [ -n \"$mapper\" ]; then\n\
-             truncate -s $((size{number} * 512)) /run/residue/cow{number} &&\n\
-             cow{number}=$(losetup --find --show /run/residue/cow{number}) &&\n\
-             dmsetup create residue_copy{number} --table \"0 $size{number} snapshot {disk} $cow{number} N 8\" &&\n\
-             copy{number}=$(losetup --find --show --partscan /dev/mapper/residue_copy{number})\n\
+            "size=$(blockdev --getsz {disk}) &&\n\
+             if [ $size -le {LARGEST_COPY} ]; then\n\
+             cp --sparse=always {disk} {file} &&\n\
+             copy{number}=$(losetup --find --show --partscan {file})\n\
              else\n\
-             [ $size{number} -le {LARGEST_COPY} ] && cp --sparse=always {disk} /run/residue/cow{number} &&\n\
-             copy{number}=$(losetup --find --show --partscan /run/residue/cow{number})\n\
+             truncate -s $((size * 512)) {file} &&\n\
+             changes{number}=$(losetup --find --show {file}) &&\n\
+             modprobe -q dm-snapshot; dmsetup create {mapped} --table \"0 $size snapshot {disk} $changes{number} N 8\" &&\n\
+             copy{number}=$(losetup --find --show --partscan /dev/mapper/{mapped})\n\
              fi &&\n"
         );
     }
     text + SETTLE
 }
 
-/// In sectors: 256 MiB, which a machine's memory has.
-const LARGEST_COPY: u64 = 256 << 11;
+/// In sectors: what a machine's memory has room for several times.
+const LARGEST_COPY: u64 = DISK_BYTES >> 9;
 
-fn put_away(disks: usize, undo: &[String]) -> String {
-    let mut text = format!("exec 2>/dev/null\n{SETTLE}\numount /run/residue/again\n");
+fn copy_file(layout: &Layout, number: usize) -> String {
+    format!("/run/residue/{}.copy{number}", layout.name)
+}
+
+fn copy_mapped(layout: &Layout, number: usize) -> String {
+    format!("residue_{}_{number}", layout.name.replace('-', "_"))
+}
+
+fn put_away(layout: &Layout, disks: usize, undo: &[String]) -> String {
+    let mut text = format!(
+        "{SETTLE}\n! grep -q ' /run/residue/again ' /proc/self/mounts || umount /run/residue/again\n"
+    );
     text.extend(undo.iter().rev().map(String::as_str));
     for number in 0..disks {
+        let (file, mapped) = (copy_file(layout, number), copy_mapped(layout, number));
         text += &format!(
             "[ -z \"${{copy{number}-}}\" ] || losetup -d $copy{number}\n\
-             dmsetup remove --retry residue_copy{number}\n\
-             [ -z \"${{cow{number}-}}\" ] || losetup -d $cow{number}\n\
-             rm -f /run/residue/cow{number}\n"
+             [ ! -e /dev/mapper/{mapped} ] || dmsetup remove --retry {mapped}\n\
+             [ -z \"${{changes{number}-}}\" ] || losetup -d $changes{number}\n\
+             rm -f {file}\n"
         );
     }
     text + SETTLE

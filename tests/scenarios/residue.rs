@@ -48,7 +48,7 @@ fn caught(cases: &[Case]) -> Result<()> {
 }
 
 #[scenario(markers = [vm], image = "storage", memory = "512M", timeout = "15m",
-    disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M"])]
+    disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "80M"])]
 fn our_cleaner_leaves_nothing(vm: &mut Vm) -> Result<()> {
     let layouts = named(&[CANONICAL, "lvm-thin", "luks1-raid1", "partitions", "bcache"])?;
     let cases = run(vm, &layouts, &Action::ALL, &ours())?;
@@ -56,7 +56,7 @@ fn our_cleaner_leaves_nothing(vm: &mut Vm) -> Result<()> {
 }
 
 #[scenario(markers = [vm], image = "storage", memory = "512M", timeout = "15m",
-    disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M"])]
+    disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "80M"])]
 fn an_array_stopped_too_early_is_seen(vm: &mut Vm) -> Result<()> {
     let layouts = named(&[CANONICAL, "raid0-ext4", "lvm-linear"])?;
     let cases = run(vm, &layouts, &[Action::WipeSignatures], &faulty())?;
@@ -81,7 +81,7 @@ static IMPOSSIBLE: Layout = Layout {
 };
 
 #[scenario(markers = [vm], image = "storage", memory = "512M", timeout = "10m",
-    disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M"])]
+    disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "80M"])]
 fn a_seed_is_repeated_over_anything_and_a_broken_one_is_our_error(vm: &mut Vm) -> Result<()> {
     let disks = Placed::alone(layout_named(CANONICAL)?).disks();
     // What is there is in use; nothing asks whether to go on.
@@ -104,7 +104,7 @@ fn a_seed_is_repeated_over_anything_and_a_broken_one_is_our_error(vm: &mut Vm) -
 }
 
 #[scenario(markers = [vm, slow, nightly], image = "storage", memory = "512M", timeout = "60m",
-    disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M"])]
+    disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "80M"])]
 fn our_cleaner_leaves_nothing_of_any_layout(vm: &mut Vm) -> Result<()> {
     let layouts: Vec<_> = LAYOUTS.iter().collect();
     let cases = run(vm, &layouts, &Action::ALL, &ours())?;
@@ -112,7 +112,7 @@ fn our_cleaner_leaves_nothing_of_any_layout(vm: &mut Vm) -> Result<()> {
 }
 
 #[scenario(markers = [vm, slow, nightly], image = "storage", memory = "512M", timeout = "60m",
-    disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M"])]
+    disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "80M"])]
 fn the_faulty_cleaner_is_caught_where_it_is_faulty(vm: &mut Vm) -> Result<()> {
     let layouts: Vec<_> = LAYOUTS.iter().collect();
     caught(&run(vm, &layouts, &Action::ALL, &faulty())?)
