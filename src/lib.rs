@@ -63,6 +63,7 @@ pub mod image;
 pub mod nearest;
 pub mod process;
 pub mod record;
+pub mod storage;
 pub mod vm;
 
 /// What the author of a scenario needs: `use shakedown::prelude::*;`

@@ -265,3 +265,30 @@ fn a_host_on_which_no_machine_runs() {
         assert_eq!(run(wrong).status.code(), Some(2), "{wrong:?}");
     }
 }
+
+#[test]
+fn plans_are_shown_for_the_disks_that_they_get() {
+    let cache = dir();
+    let plan = |arguments: &[&str]| {
+        let output = shakedown(cache.path()).arg("plan").args(arguments).output().expect("runs");
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8_lossy(&text).into_owned())
+    };
+    let (status, text) = plan(&["list", "--json"]);
+    let layouts: Value = serde_json::from_str(&text).expect("JSON");
+    assert_eq!((status, &layouts[0]["name"]), (Some(0), &Value::from("raid1-lvm")));
+    let (_, text) = plan(&["raid1-lvm", "seed", "--format", "json", "--disks", "/dev/sdx,/dev/sdy"]);
+    let seed: Value = serde_json::from_str(&text).expect("JSON");
+    let create = seed["steps"][1]["run"].as_str().expect("a line");
+    assert!(create.contains("--create /dev/md127") && create.ends_with("/dev/sdx /dev/sdy"), "{create}");
+    for (arguments, word) in [
+        (&["raid1-lmv", "seed"][..], "did you mean `raid1-lvm`?"),
+        (&["raid1-lvm", "seed", "--disks", "/dev/sdx"], "needs 2 disks, and 1 are given"),
+        (&["swap", "seed", "--disks", "/dev/sdx; reboot"], "is not the path of a disk"),
+        (&["run", "swap", "--on", "moon"], "--on is `vm` or"),
+    ] {
+        let (status, text) = plan(arguments);
+        assert_eq!(status, Some(1), "{text}");
+        assert!(text.contains(word), "{text}");
+    }
+}

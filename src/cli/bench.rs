@@ -1,6 +1,7 @@
 //! `shakedown bench`: where every claim about speed is measured.
 
 use super::Verdict;
+use super::residue::Residue;
 use super::terminal;
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
@@ -49,6 +50,8 @@ enum What {
         #[command(flatten)]
         options: Options,
     },
+    /// All storage layouts, cleaned in all ways and looked at on all levels
+    Residue(Residue),
     /// Listing 1,000 scenarios, from the start of the process to its end
     List {
         #[command(flatten)]
@@ -80,6 +83,7 @@ impl Bench {
             What::Fork { options } => ("fork", options, 20, fork),
             What::Suite { options } => ("suite", options, 1, suite),
             What::Image { options } => ("image", options, 1, image),
+            What::Residue(residue) => return residue.run(),
             What::List { only: true, .. } => {
                 harness::bench_list(1000, Path::new("/dev/null"))?;
                 return Ok(Verdict::Fine);
@@ -323,7 +327,7 @@ fn rounded(seconds: &[f64]) -> Value {
 }
 
 /// The load over 1, 5 and 15 minutes when the measurement began.
-fn load_average() -> [f64; 3] {
+pub(super) fn load_average() -> [f64; 3] {
     let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
     let mut numbers = text.split_whitespace().map_while(|word| word.parse().ok());
     [(); 3].map(|()| numbers.next().unwrap_or(f64::NAN))

@@ -8,9 +8,11 @@ mod demo;
 mod doctor;
 mod image;
 mod ledger;
+mod plan;
 mod progress;
 mod project;
 mod raw;
+mod residue;
 mod table;
 mod template;
 mod terminal;
@@ -41,6 +43,7 @@ enum Command {
     Image(image::Image),
     Template(template::Template),
     Vm(vm::Vm),
+    Plan(plan::Plan),
     Ledger(ledger::Ledger),
     Bench(bench::Bench),
 }
@@ -70,6 +73,7 @@ Examples:
   shakedown vm shell            A machine to work in by hand
   shakedown vm debug NAME       A scenario of this project, stopped at its failure
   shakedown vm list             The machines that run
+  shakedown plan list           The storage layouts to judge cleanups by
   shakedown image list          The boot images in the store
   shakedown template prune      Removes frozen machines that were not used for long
   shakedown ledger check        Whether every line of the ledger is valid
@@ -104,6 +108,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Image(image) => image.run(),
         Command::Template(template) => template.run(),
         Command::Vm(vm) => vm.run(),
+        Command::Plan(plan) => plan.run(),
         Command::Ledger(ledger) => ledger.run(),
         Command::Bench(bench) => bench.run(),
     });

@@ -80,7 +80,8 @@ impl Plan {
             .fix("use a prebuilt image: SHAKEDOWN_IMAGE=FILE")
             .into());
         }
-        let own = settings.files.as_deref().map(OwnFile::below).transpose()?.unwrap_or_default();
+        let mut own = settings.files.as_deref().map(OwnFile::below).transpose()?.unwrap_or_default();
+        own.extend(settings.programs.iter().map(|&(path, text)| OwnFile::program(path, text)));
         let resolved = resolve(&settings.packages, cache, deadline)?;
         let packages = packages(resolved.vendor, &settings.packages);
         let cmdline = [files::CMDLINE.trim(), settings.cmdline.trim()].join(" ").trim().to_owned();
@@ -272,6 +273,10 @@ enum Content {
 }
 
 impl OwnFile {
+    fn program(path: &str, text: &str) -> Self {
+        Self { path: path.to_owned(), mode: 0o755, content: Content::Bytes(text.into()) }
+    }
+
     /// All files and links below `dir`, sorted by path.
     fn below(dir: &Path) -> Result<Vec<Self>> {
         let mut found = Vec::new();

@@ -36,8 +36,11 @@ use toml::Table;
 
 /// Uses this file in place of the project's default image.
 pub const IMAGE_VARIABLE: &str = "SHAKEDOWN_IMAGE";
-/// The image that every project has unless it gives the name another meaning.
-pub const BUILT_IN: &str = "debian";
+/// The images that every project has unless it gives their names another meaning; the first is the
+/// default.
+pub const BUILT_IN: [&str; 2] = ["debian", STORAGE];
+/// The built-in image with the tools of [`crate::storage`](crate): LUKS, XFS, btrfs, bcache, thin pools.
+pub const STORAGE: &str = "storage";
 /// Root, its tar, its squashfs, the packages and the ISO, all at once for a moment.
 const BUILD_BYTES: u64 = 1600 << 20;
 
@@ -184,7 +187,7 @@ pub struct Images {
 }
 
 impl Images {
-    /// The images that `tables` describe, by name, and the built-in `debian`. `default` is the one
+    /// The images that `tables` describe, by name, and those that are built in. `default` is the one
     /// meant where none is named. Kept below `cache`, which is not looked at yet.
     ///
     /// # Errors
@@ -195,12 +198,12 @@ impl Images {
         default: &Option<String>,
         tables: &BTreeMap<String, Table>,
     ) -> Result<Self> {
-        let mut sources =
-            BTreeMap::from([(BUILT_IN.to_owned(), Source::Debian(settings::Debian::default()))]);
+        let built_in = [settings::Debian::default(), settings::Debian::storage()].map(Source::Debian);
+        let mut sources: BTreeMap<_, _> = BUILT_IN.map(str::to_owned).into_iter().zip(built_in).collect();
         for (name, table) in tables {
             sources.insert(name.clone(), Source::read(name, table, &environment.project)?);
         }
-        let default = default.clone().unwrap_or_else(|| BUILT_IN.into());
+        let default = default.clone().unwrap_or_else(|| BUILT_IN[0].into());
         let prebuilt = environment.overrides.get(IMAGE_VARIABLE).filter(|file| !file.is_empty());
         let images = Self {
             store: OnceCell::new(),
@@ -439,7 +442,7 @@ mod tests {
         let (_project, images) = images(None, "vendor.file = 'x.iso'", &[]).expect("right");
         let text = format!("{:#}", get(&images, Some("vednor")).expect_err("unknown"));
         assert!(text.contains("did you mean `vendor`?") && text.contains("images.vednor"), "{text}");
-        assert_eq!(images.names().collect::<Vec<_>>(), ["debian", "vendor"]);
+        assert_eq!(images.names().collect::<Vec<_>>(), ["debian", "storage", "vendor"]);
     }
 
     #[test]

@@ -45,6 +45,24 @@ pub(super) struct Debian {
     pub(super) files: Option<PathBuf>,
     /// More words for the kernel.
     pub(super) cmdline: String,
+    /// Programs that Shakedown itself puts in: the path without its first slash, and the text.
+    pub(super) programs: Vec<(&'static str, &'static str)>,
+}
+
+impl Debian {
+    /// The built-in image `storage`: all that [`crate::storage`](crate) makes layouts with, and the cleaner.
+    pub(super) fn storage() -> Self {
+        let packages = include_str!("../../fixtures/image/storage/packages").lines();
+        let packages = packages.filter(|line| !line.starts_with('#'));
+        let cleaner = include_str!("../../fixtures/image/storage/storage-cleanup");
+        let mut own = Self {
+            packages: packages.map(str::to_owned).collect(),
+            programs: vec![("usr/local/sbin/storage-cleanup", cleaner)],
+            ..Self::default()
+        };
+        own.packages.sort();
+        own
+    }
 }
 
 /// Settings of the `nix` recipe.
@@ -155,6 +173,7 @@ impl Source {
             packages,
             files,
             cmdline: cmdline.split_whitespace().collect::<Vec<_>>().join(" "),
+            programs: Vec::new(),
         }))
     }
 }
@@ -204,6 +223,7 @@ mod tests {
             packages: vec!["nvme-cli".into(), "zsh".into()],
             files: Some("/project/image".into()),
             cmdline: "a=1 b".into(),
+            programs: Vec::new(),
         };
         assert_eq!(source.expect("is right"), Source::Debian(expected));
     }

@@ -2,5 +2,6 @@
 //! its peer is late, silent, wrong or dead.
 
 mod contract;
+mod plan;
 mod ssh;
 mod sshd;

@@ -9,5 +9,6 @@ mod network;
 mod nixos;
 mod power;
 mod prebuilt;
+mod residue;
 
 shakedown::main!();

@@ -63,7 +63,7 @@ impl Machine {
         let Project { mut environment, settings } = Project::here()?;
         let mut needs = self.needs();
         if let Some(image) = self.image {
-            let known = image == BUILT_IN || settings.images.contains_key(&image);
+            let known = BUILT_IN.contains(&&*image) || settings.images.contains_key(&image);
             if !known && (image.contains('/') || Path::new(&image).is_file()) {
                 let file = std::path::absolute(&image).context("cannot tell the current directory")?;
                 environment.overrides.insert(IMAGE_VARIABLE.into(), file.to_string_lossy().into_owned());

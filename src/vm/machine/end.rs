@@ -4,7 +4,13 @@ use super::{AGENT, LAST_MOMENTS, Vm, indent};
 use crate::connection::{Cmd, Connection, ConnectionError, Output};
 use crate::deadline::{Deadline, Stop};
 use crate::fault::Fault;
+use crate::process;
 use crate::vm::diagnose;
+use crate::vm::spec::DriveFormat;
+use anyhow::{Context, Result};
+use qapi::qmp;
+use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -33,6 +39,44 @@ impl Vm {
             template.learn(private);
         }
         self.collect(passed);
+    }
+
+    /// Takes the power away. What the guest has not written by then is lost.
+    ///
+    /// # Errors
+    /// A host [`Fault`] when QEMU does not end; it is killed then.
+    pub fn cut_power(&mut self) -> Result<()> {
+        let deadline = self.deadline.within(LAST_MOMENTS * 30, "QEMU's end");
+        self.powered_off = true;
+        let asked = self.qmp.execute(&qmp::quit {}, &deadline).context(Fault::host("QEMU does not quit"));
+        let ended = asked.and_then(|_| self.qemu.wait(&deadline).context(Fault::host("QEMU does not end")));
+        if ended.is_err() {
+            self.qemu.kill();
+        }
+        ended.map(drop)
+    }
+
+    /// Shows `look` the raw content of the machine's disk `number`, counted as its [`Needs`](crate::vm::Needs) do. Of a
+    /// machine that is off.
+    ///
+    /// # Errors
+    /// A host [`Fault`] when there is no such disk or it cannot be read, and those of `look`.
+    pub fn raw_disk<T>(&self, number: usize, look: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+        let serial = format!("disk{number}");
+        let drive = self.spec.drives.iter().find(|drive| drive.serial == serial);
+        let drive = drive.with_context(|| Fault::host(format!("the machine has no disk {number}")))?;
+        if drive.format == DriveFormat::Raw {
+            return look(&drive.file);
+        }
+        let raw = drive.file.with_extension("flat");
+        let mut command = Command::new(&self.launch.host.qemu_img);
+        command.args(["convert", "-O", "raw", "-f", drive.format.as_str()]).args([&drive.file, &raw]);
+        process::output(command, &self.deadline)
+            .with_context(|| Fault::host(format!("cannot read {}", drive.file.display())))?;
+        let seen = look(&raw);
+        // It would go with the machine; a big one is not kept so long.
+        let _ = std::fs::remove_file(raw);
+        seen
     }
 
     /// Collects what the machine can still say, once.
@@ -94,7 +138,7 @@ impl Vm {
         &mut self,
         cmd: Cmd<'_>,
         deadline: &Deadline,
-    ) -> Option<Result<Output, ConnectionError>> {
+    ) -> Option<std::result::Result<Output, ConnectionError>> {
         if let Some(ssh) = &mut self.ssh {
             return Some(ssh.run(cmd, deadline));
         }
@@ -120,7 +164,7 @@ impl Vm {
         }
     }
 
-    pub(in crate::vm) fn file(&self, label: &str, extension: &str, content: &[u8]) {
+    pub(crate) fn file(&self, label: &str, extension: &str, content: &[u8]) {
         let path = self.launch.evidence.diagnostic(label, extension);
         if let Err(error) = std::fs::write(&path, content) {
             self.note(format!("cannot write {}: {error}", path.display()));
