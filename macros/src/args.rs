@@ -14,6 +14,7 @@ const MACHINE: [&str; 9] =
     ["image", "boot", "medium", "firmware", "disks", "memory", "cpus", "hostname", FRESH_MACHINE_ID];
 /// The only key without a value.
 const FRESH_MACHINE_ID: &str = "fresh_machine_id";
+const REBOOTS: &str = "reboots";
 
 /// The arguments, checked. `None` is "not given".
 #[derive(Default)]
@@ -39,6 +40,7 @@ pub(crate) struct Machine {
     pub(crate) cpus: Option<u32>,
     pub(crate) hostname: Option<LitStr>,
     pub(crate) fresh_machine_id: bool,
+    pub(crate) reboots: bool,
 }
 
 pub(crate) struct Disk {
@@ -118,6 +120,7 @@ impl Args {
                 machine.hostname = Some(string(&value, "a name in quotes")?);
             }
             FRESH_MACHINE_ID => machine.fresh_machine_id = true,
+            REBOOTS => machine.reboots = true,
             _ => {
                 let known = [&GENERAL[..], &MACHINE[..]].concat();
                 return Err(Error::new(key.span(), value::unknown("key", key, &known)));

@@ -91,7 +91,7 @@ fn needs(machine: &Machine) -> TokenStream {
         .map(|Disk { bytes, bus }| quote!(#vm::DiskNeed { bytes: #bytes, bus: #vm::Bus::#bus }));
     let memory = machine.memory_mib.map_or_else(|| quote!(#vm::Needs::DEFAULT.memory_mib), literal);
     let hostname = machine.hostname.as_ref().map_or_else(none, some);
-    let fresh_machine_id = machine.fresh_machine_id;
+    let (fresh_machine_id, reboots) = (machine.fresh_machine_id, machine.reboots);
     let cpus = machine.cpus.map_or_else(|| quote!(#vm::Needs::DEFAULT.cpus), literal);
     quote! {
         #vm::Needs {
@@ -104,6 +104,7 @@ fn needs(machine: &Machine) -> TokenStream {
             cpus: #cpus,
             hostname: #hostname,
             fresh_machine_id: #fresh_machine_id,
+            reboots: #reboots,
         }
     }
 }

@@ -36,6 +36,7 @@ mod value;
 /// | `cpus` | a number | `2` |
 /// | `hostname` | `"node-1"`: the machine's name, instead of its image's | |
 /// | `fresh_machine_id` | stands alone: a machine id of its own, instead of its image's or its template's | |
+/// | `reboots` | stands alone: the machine may restart; any other that does has failed | |
 ///
 /// Sizes are binary: `K`, `M`, `G`, `T` are powers of 1024. Words may be written as Rust variants
 /// are: `Uefi` is `uefi`. The keys from `image` on describe a machine and need the parameter.

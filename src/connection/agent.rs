@@ -22,6 +22,8 @@ const MOST_INPUT: u64 = 8 << 20;
 /// millisecond or two under emulation, so they become rarer.
 const FIRST_LOOK: Duration = Duration::from_millis(4);
 const LAST_LOOK: Duration = Duration::from_millis(100);
+/// Said when the prelude failed; its output is its own affair.
+const NO_PRELUDE: &str = "shakedown: no prelude";
 /// For the end of a command that exceeded its deadline.
 const KILL_TIME: Duration = Duration::from_secs(5);
 /// What root gets when logging in; the agent itself runs with almost nothing.
@@ -180,7 +182,12 @@ impl Connection for Agent {
             Failure::Refused(why) => broken("the agent refused to run a command", io::Error::other(why)),
         };
         let with_prelude = match self.prelude.take() {
-            Some(prelude) => format!("{{ {}; }} >/dev/null 2>&1\n{line}", prelude()),
+            Some(prelude) => {
+                format!(
+                    "{{ {}; }} >/dev/null 2>&1 || {{ echo {NO_PRELUDE} >&2; exit 125; }}\n{line}",
+                    prelude()
+                )
+            }
             None => line.clone(),
         };
         let pid = self.start(&with_prelude, input, &deadline).map_err(|error| failure(error, &line))?;
@@ -194,6 +201,13 @@ impl Connection for Agent {
         if status.out_truncated == Some(true) || status.err_truncated == Some(true) {
             let why = io::Error::other("the agent keeps 16 MiB; use SSH for more");
             return Err(broken("a command printed too much", why));
+        }
+        if with_prelude.len() > line.len() && status.exitcode == Some(125) {
+            let words = status.err_data.as_ref().map(|data| &**data).unwrap_or_default();
+            if words.trim_ascii() == NO_PRELUDE.as_bytes() {
+                let why = io::Error::other("date(1) or what it needs is broken there");
+                return Err(broken("the machine does not set its clock", why));
+            }
         }
         let mut collector = Collector::new(keep, on_output);
         collector.take(Stream::Stdout, &status.out_data.unwrap_or_default());

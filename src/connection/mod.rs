@@ -15,7 +15,7 @@ pub mod ssh;
 pub use agent::Agent;
 pub use key::KeyPair;
 pub use local::Local;
-pub use session::Session;
+pub use session::{Session, Witness};
 pub use ssh::Ssh;
 
 use crate::deadline::{Deadline, Stop};

@@ -2,12 +2,11 @@
 
 use super::{Cmd, Connection, ConnectionError, Output};
 use crate::deadline::{Deadline, Stop};
-use crate::fault::Fault;
+use crate::fault::{Fault, blame};
 use crate::record::event::{Event, Events};
 use anyhow::Result;
 use std::error::Error;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -20,19 +19,33 @@ pub struct Session<'a> {
     connection: &'a mut dyn Connection,
     deadline: Deadline,
     events: Events,
-    trouble: Arc<AtomicBool>,
+    machine: Option<Machine<'a>>,
+}
+
+/// The other end, where that is a machine under test.
+struct Machine<'a> {
+    trouble: &'a AtomicBool,
+    witness: &'a dyn Witness,
+}
+
+/// Who heard what else a machine had to say.
+pub trait Witness {
+    /// Its last words, with an introduction, for the end of a message.
+    fn last_words(&self) -> String;
 }
 
 impl<'a> Session<'a> {
     /// Commands over `connection` end by `deadline` and are told to `events`.
     pub fn new(connection: &'a mut dyn Connection, deadline: Deadline, events: Events) -> Self {
-        Self { connection, deadline, events, trouble: Arc::default() }
+        Self { connection, deadline, events, machine: None }
     }
 
-    /// The same, but `trouble` is set when a call ends in an error.
+    /// The same, but the other end is a machine under test: a connection that breaks is its doing,
+    /// unless whoever runs it knows better. `trouble` is set when a call ends in an error;
+    /// `witness` tells what else the machine said.
     #[must_use]
-    pub fn marking(self, trouble: &Arc<AtomicBool>) -> Self {
-        Self { trouble: Arc::clone(trouble), ..self }
+    pub fn with_machine(self, trouble: &'a AtomicBool, witness: &'a dyn Witness) -> Self {
+        Self { machine: Some(Machine { trouble, witness }), ..self }
     }
 
     /// Runs a command line, or a [`Cmd`] with more to say, and checks its exit status.
@@ -85,10 +98,26 @@ impl<'a> Session<'a> {
             status: result.as_ref().map_or_else(brief, status),
             seconds: start.elapsed().as_secs_f64(),
         });
-        if result.is_err() {
-            self.trouble.store(true, Ordering::SeqCst);
+        result.map_err(|error| match &self.machine {
+            None => with_blame(error),
+            Some(machine) => {
+                machine.trouble.store(true, Ordering::SeqCst);
+                machine.blame(error)
+            }
+        })
+    }
+}
+
+impl Machine<'_> {
+    fn blame(&self, error: ConnectionError) -> anyhow::Error {
+        let broke = matches!(error, ConnectionError::Transport { .. });
+        let hung = matches!(error, ConnectionError::Stopped { .. });
+        let error = with_blame(error);
+        if blame(&error).is_none() || !(broke || hung) {
+            return error;
         }
-        result.map_err(with_blame)
+        let what = if broke { "the machine broke the connection" } else { "the machine does not answer" };
+        error.context(Fault::machine(format!("{what}; {}", self.witness.last_words())))
     }
 }
 
@@ -119,9 +148,9 @@ fn with_blame(error: ConnectionError) -> anyhow::Error {
 mod tests {
     use super::*;
     use crate::connection::Local;
-    use crate::fault::{Blame, blame};
+    use crate::fault::Blame;
     use crate::record::event::Observer;
-    use std::sync::Mutex;
+    use std::sync::{Arc, Mutex};
     use std::time::Duration;
 
     #[derive(Clone, Default)]

@@ -215,7 +215,7 @@ impl Stage {
             accelerator: accelerator.kind,
         };
         let image =
-            self.run.images()?.get(needs.image, self.run.record()?.started_at(), &wait, &self.events)?;
+            self.run.images()?.get(needs.image, Some(self.run.record()?.id()), &wait, &self.events)?;
         let key = KeyPair::load_or_create(&host::cache_dir()?.join("keys"))?;
         let forks = needs.boot == Boot::Fork && self.can_fork(needs, &image);
         self.evidence.update(|metadata| {
@@ -274,8 +274,8 @@ impl Stage {
             Ok(evidence)
         };
         let store = template::store_in(&host::cache_dir()?)?;
-        let since = self.run.record()?.started_at();
-        Template::get(&store, &self.launch(prepared, needs), since, evidence, &deadline, &self.events)
+        let run = self.run.record()?.id();
+        Template::get(&store, &self.launch(prepared, needs), run, evidence, &deadline, &self.events)
     }
 
     fn launch(&self, prepared: &Prepared, needs: &Needs) -> Launch {

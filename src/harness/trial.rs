@@ -20,9 +20,9 @@ use std::time::Duration;
 
 /// How often the watcher looks whether it must step in. An end of the body wakes it at once.
 const POLL: Duration = Duration::from_millis(100);
-/// What a body gets to notice that its time is up and to ask QEMU twice for its last moments (a
-/// second each); waits look every fifth of a second.
-const GRACE: Duration = Duration::from_secs(5);
+/// What a body gets to notice that its time is up: waits look every fifth of a second, a command is
+/// ended on the machine in five, and QEMU is asked twice for its last moments, a second each.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// Runs a scenario to its outcome, and puts it on record. There is evidence unless it could not
 /// even be begun.

@@ -35,7 +35,8 @@ impl Phase {
 
 impl Verdict {
     pub(crate) fn new(outcome: Outcome, message: impl Into<String>) -> Self {
-        Self { outcome, message: message.into() }
+        // Some of it may be a guest's words.
+        Self { outcome, message: visible(&message.into()) }
     }
 
     /// Judges the end of a phase: `Err` is the message of a panic.
@@ -65,7 +66,7 @@ impl Verdict {
     pub(crate) fn after(mut self, death: &Death) -> Self {
         let outcome = match (self.outcome, death) {
             (Outcome::Interrupted, _) | (Outcome::Passed, Death::PoweredOff) => return self,
-            (_, Death::PoweredOff) => Outcome::Failed,
+            (_, Death::PoweredOff | Death::Restarted) => Outcome::Failed,
             (_, Death::Broke(_)) => Outcome::Error,
         };
         let cause = death.to_string();
@@ -114,16 +115,18 @@ pub(crate) fn explain(error: &Error) -> String {
     let mut fixes: Vec<String> = Vec::new();
     for cause in error.chain() {
         let text = cause.to_string();
-        let (fix, lines): (Vec<_>, Vec<_>) = text.lines().partition(|line| line.starts_with("Fix: "));
-        let link = lines.join("\n");
+        // Ours is always the last line; what a guest says may look like one.
+        let (link, fix) = match text.rsplit_once('\n') {
+            Some((link, fix)) if fix.starts_with("Fix: ") => (link.to_owned(), Some(fix)),
+            _ => (text.clone(), None),
+        };
         // Errors that print their source have said it already.
         if !links.last().is_some_and(|last| last.contains(&link)) {
             links.push(link);
         }
-        fixes.extend(fix.into_iter().map(str::to_owned));
+        fixes.extend(fix.map(str::to_owned));
     }
-    // Some of it may be a guest's words.
-    let mut text = visible(&links.join("\ncaused by: "));
+    let mut text = links.join("\ncaused by: ");
     // It can meet any write, and the way out is always the same.
     if fixes.is_empty() && error.chain().any(is_full) {
         fixes.push(FULL.to_owned());
@@ -131,7 +134,7 @@ pub(crate) fn explain(error: &Error) -> String {
     for fix in fixes {
         text = format!("{text}\n{fix}");
     }
-    text
+    visible(&text)
 }
 
 #[cfg(test)]

@@ -22,7 +22,6 @@ use crate::record::{Environment, metadata};
 use crate::vm::Firmware;
 use crate::{host, nearest};
 use anyhow::{Result, bail};
-use jiff::Timestamp;
 use once_cell::sync::OnceCell;
 use prebuilt::Access;
 use serde::{Deserialize, Serialize};
@@ -240,14 +239,14 @@ impl Images {
     }
 
     /// The image `name`, or the default one: from the store, built now, or from its file. A build
-    /// that failed after `since`, the beginning of the caller's run, is not tried again.
+    /// that failed is not tried again in the same `run`; without one it always is.
     ///
     /// # Errors
     /// A host [`Fault`] that says which image, what is wrong and what to do.
     pub fn get(
         &self,
         name: Option<&str>,
-        since: Timestamp,
+        run: Option<&str>,
         deadline: &Deadline,
         events: &Events,
     ) -> Result<Image> {
@@ -259,8 +258,8 @@ impl Images {
         }
         let name = name.unwrap_or(&self.default);
         match self.source(name)? {
-            Source::Debian(settings) => self.debian(name, settings, since, deadline, events),
-            Source::Nix(settings) => self.nix(name, settings, since, deadline, events),
+            Source::Debian(settings) => self.debian(name, settings, run, deadline, events),
+            Source::Nix(settings) => self.nix(name, settings, run, deadline, events),
             Source::File { file, description } => self.open(name, file, description, deadline, events),
         }
     }
@@ -298,12 +297,12 @@ impl Images {
         &self,
         name: &str,
         settings: &settings::Debian,
-        since: Timestamp,
+        run: Option<&str>,
         deadline: &Deadline,
         events: &Events,
     ) -> Result<Image> {
         let plan = debian::Plan::new(settings, &self.cache.join("apt"), deadline)?;
-        let entry = self.store()?.get(&plan.key, name, since, deadline, events, |dir, log| {
+        let entry = self.store()?.get(&plan.key, name, run, deadline, events, |dir, log| {
             let free = host::free_disk(dir)?;
             if free < BUILD_BYTES {
                 bail!(Fault::host(format!("a build needs {} MiB, and {} has {}", BUILD_BYTES >> 20, dir.display(), free >> 20))
@@ -331,13 +330,13 @@ impl Images {
         &self,
         name: &str,
         settings: &settings::Nix,
-        since: Timestamp,
+        run: Option<&str>,
         deadline: &Deadline,
         events: &Events,
     ) -> Result<Image> {
         let plan = nix::Plan::new(settings, self.derivation(settings, deadline)?)?;
         let access = |iso: &Path| prebuilt::access(iso, &settings.description, &self.project);
-        let entry = self.store()?.get(&plan.key, name, since, deadline, events, |dir, log| {
+        let entry = self.store()?.get(&plan.key, name, run, deadline, events, |dir, log| {
             let iso = dir.join(ISO);
             let origin = plan.build(&iso, log, deadline, events)?;
             access(&iso)?;
@@ -429,12 +428,7 @@ mod tests {
     }
 
     fn get(images: &Images, name: Option<&str>) -> Result<Image> {
-        images.get(
-            name,
-            Timestamp::now(),
-            &Deadline::after(Duration::from_secs(60), "test"),
-            &Events::silent(),
-        )
+        images.get(name, None, &Deadline::after(Duration::from_secs(60), "test"), &Events::silent())
     }
 
     #[test]

@@ -123,7 +123,8 @@ impl<K> Clone for Store<K> {
 /// Why a build failed, for those who want the same in the same run.
 #[derive(Serialize, Deserialize)]
 struct Failure {
-    at: Timestamp,
+    /// Its id. Another run may have other limits, or a cause less.
+    run: Option<String>,
     error: String,
     /// A machine under test failed, not we.
     machine: bool,
@@ -136,7 +137,8 @@ enum Found<K> {
 }
 
 impl<K: Kind> Store<K> {
-    /// The store in `dir`, which is made if need be; what dead builds left is cleared.
+    /// The store in `dir`, which is made if need be; what dead builds left is cleared where that is
+    /// possible. What cannot be cleared is in the way of its own key only, and said there.
     ///
     /// # Errors
     /// When the directory cannot be made or read.
@@ -147,13 +149,13 @@ impl<K: Kind> Store<K> {
             .create(&dir)
             .with_context(|| Fault::host(format!("cannot make the {} store {}", K::NAME, dir.display())))?;
         let store = Self { dir, sweep, kind: PhantomData };
-        store.sweep()?;
+        let _ = store.sweep();
         Ok(store)
     }
 
     /// The entry `key`, from the store or built by `build` into the directory it is given, with its
     /// output in the file it is given. Of several processes that want it, one builds. A build that
-    /// failed after `since`, the beginning of the caller's run, is not tried again.
+    /// failed is not tried again in the same `run`; without one it always is.
     ///
     /// # Errors
     /// What `build` gives; the same for those who came later in the run. A host [`Fault`] when the
@@ -162,7 +164,7 @@ impl<K: Kind> Store<K> {
         &self,
         key: &str,
         name: &str,
-        since: Timestamp,
+        run: Option<&str>,
         deadline: &Deadline,
         events: &Events,
         build: impl FnOnce(&Path, &Path) -> Result<K>,
@@ -185,13 +187,13 @@ impl<K: Kind> Store<K> {
                 self.discard(key, &lock)?;
             }
         }
-        if let Some(failure) = self.failure_since(key, since) {
+        if let Some(failure) = self.failure_in(key, run) {
             let fault = if failure.machine { Fault::machine } else { Fault::host };
             let what =
                 format!("{} `{name}` could not be made before in this run:\n{}", K::NAME, failure.error);
             return Err(fault(what).fix("correct the cause, then start again").into());
         }
-        let manifest = self.build(key, name, &lock, deadline, events, build)?;
+        let manifest = self.build(key, name, run, &lock, deadline, events, build)?;
         match self.find(key, true)? {
             Found::Entry(entry) => Ok(ready(*entry, false)),
             Found::Missing => bail!(Fault::host(format!("{} {} has vanished", K::NAME, manifest.key))),
@@ -201,10 +203,12 @@ impl<K: Kind> Store<K> {
         }
     }
 
+    #[allow(clippy::too_many_arguments, reason = "the second half of `get`")]
     fn build(
         &self,
         key: &str,
         name: &str,
+        run: Option<&str>,
         lock: &BuildLock,
         deadline: &Deadline,
         events: &Events,
@@ -239,7 +243,7 @@ impl<K: Kind> Store<K> {
             let stopped = error.chain().any(|e| e.downcast_ref() == Some(&Stop::Interrupted));
             if !stopped && !process::interrupted() {
                 let machine = blame(error) == Some(Blame::Machine);
-                let failure = Failure { at: Timestamp::now(), error: format!("{error:#}"), machine };
+                let failure = Failure { run: run.map(str::to_owned), error: format!("{error:#}"), machine };
                 let _ = write_json(&failed, &failure);
             }
             let _ = self.temporary(key, lock);
@@ -304,9 +308,9 @@ impl<K: Kind> Store<K> {
         Ok(Found::Entry(Box::new(Entry { dir, manifest, guard: Guard(Arc::new(file)) })))
     }
 
-    fn failure_since(&self, key: &str, since: Timestamp) -> Option<Failure> {
+    fn failure_in(&self, key: &str, run: Option<&str>) -> Option<Failure> {
         let failure: Failure = read_json(&self.path(key, "failed")).ok()?;
-        (failure.at >= since).then_some(failure)
+        (run.is_some() && failure.run.as_deref() == run).then_some(failure)
     }
 
     /// Takes an entry out of sight in one step, then removes it. Who has its files open keeps them.
@@ -333,7 +337,7 @@ impl<K: Kind> Store<K> {
             if let Some(key) = name.strip_prefix("tmp-").filter(|key| is_key(key))
                 && let Some(lock) = self.try_lock(key)?
             {
-                self.temporary(key, &lock)?;
+                let _ = self.temporary(key, &lock);
             }
         }
         Ok(())
@@ -420,6 +424,12 @@ fn is_at(file: &File, path: &Path) -> bool {
         (Ok(open), Ok(there)) => (open.dev(), open.ino()) == (there.dev(), there.ino()),
         _ => false,
     }
+}
+
+/// Takes the entry in `dir` out of use, so that who wants it next builds it anew: it turned out to be
+/// no good, although all its files are there.
+pub(crate) fn condemn(dir: &Path) -> Result<()> {
+    remove(&dir.join(MANIFEST))
 }
 
 /// A removal must not go on into a file system that something mounted below `dir`.

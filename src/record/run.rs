@@ -100,11 +100,6 @@ impl Run {
         &self.file.run_id
     }
 
-    /// When its first process began it.
-    pub fn started_at(&self) -> Timestamp {
-        self.file.started_at.into()
-    }
-
     /// Whether another process began it.
     pub fn joined(&self) -> bool {
         self.joined
@@ -122,6 +117,11 @@ impl Run {
         file.ended_at = Some(now);
         file.session_ceiling_exceeded = Some(now.seconds_since(file.started_at) >= SESSION_CEILING_SECONDS);
         files::write_json(&path, &file)
+    }
+
+    /// When its first process began it.
+    pub fn started_at(&self) -> Timestamp {
+        self.file.started_at.into()
     }
 
     /// The run directory.

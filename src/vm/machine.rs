@@ -14,7 +14,7 @@ use super::screen;
 use super::spec::{MachineSpec, Memory};
 use super::template::Template;
 use crate::connection::ssh::Target;
-use crate::connection::{Agent, Cmd, KeyPair, Session, Ssh};
+use crate::connection::{Agent, Cmd, KeyPair, Session, Ssh, Witness};
 use crate::console::{Console, LoginProfile, Regex, Shell, WaitError};
 use crate::deadline::{Deadline, Stop};
 use crate::fault::Fault;
@@ -118,7 +118,7 @@ pub struct Vm {
     /// What it continues from, which must stay while it runs.
     template: Option<Template>,
     /// Something did not go as asked: its evidence is wanted.
-    trouble: Arc<AtomicBool>,
+    trouble: AtomicBool,
     /// Its evidence is filed.
     collected: bool,
 }
@@ -192,13 +192,23 @@ impl Vm {
         let console = Console::attach(channels.console, &logs, events)?;
         let greeted = Qmp::open(channels.qmp, &start)
             .and_then(|mut qmp| qmp.forwarded_port(SSH_PORT, &start).map(|port| (qmp, port)));
-        let (qmp, port) = greeted.map_err(|error| {
+        let (mut qmp, port) = greeted.map_err(|error| {
             let fault = Fault::host(format!("{}\nCommand: {}", qemu.obituary(), spec.command_line()));
             anyhow::Error::new(error).context(fault)
         })?;
         launch.evidence.update(|metadata| {
             metadata.qemu.get_or_insert_default().version = Some(qmp.version().to_owned());
         })?;
+        if !launch.needs.reboots {
+            // Not on the command line, since machines of both kinds continue from the same templates.
+            let action = qmp::set_action {
+                reboot: Some(qmp::RebootAction::shutdown),
+                panic: None,
+                shutdown: None,
+                watchdog: None,
+            };
+            qmp.execute(&action, &start).context(Fault::host("QEMU cannot be told what a restart means"))?;
+        }
         let port = port.filter(|_| launch.image.key != KeyEntry::None);
         let entry = Entry::new(&launch, qemu.id(), port)?;
         Ok(Self {
@@ -215,7 +225,7 @@ impl Vm {
             powered_off: false,
             entry,
             template,
-            trouble: Arc::default(),
+            trouble: AtomicBool::default(),
             collected: false,
         })
     }
@@ -294,7 +304,8 @@ impl Vm {
             self.connect(&self.deadline.within(self.launch.login_timeout, "BOOT_IMAGE_VM_LOGIN_TIMEOUT"))?;
         }
         let ssh = self.ssh.as_mut().context(Fault::host("there is no SSH connection"))?;
-        Ok(Session::new(ssh, self.deadline.clone(), self.launch.evidence.events()).marking(&self.trouble))
+        let session = Session::new(ssh, self.deadline.clone(), self.launch.evidence.events());
+        Ok(session.with_machine(&self.trouble, &self.console))
     }
 
     /// The machine over its fastest channel: the guest agent where the image has it, else the serial
@@ -310,7 +321,8 @@ impl Vm {
         let AgentPort::Ready(agent) = &mut self.agent else {
             return Err(Fault::host("the guest agent is gone").into());
         };
-        Ok(Session::new(agent, self.deadline.clone(), self.launch.evidence.events()).marking(&self.trouble))
+        let session = Session::new(agent, self.deadline.clone(), self.launch.evidence.events());
+        Ok(session.with_machine(&self.trouble, &self.console))
     }
 
     /// The guest agent, if one answers in time; it is asked once.
@@ -339,7 +351,8 @@ impl Vm {
 
     fn session_on_console(&mut self, deadline: &Deadline) -> Result<Session<'_>> {
         let shell = self.shell.as_mut().context(Fault::host("not logged in on the console"))?;
-        Ok(Session::new(shell, deadline.clone(), self.launch.evidence.events()).marking(&self.trouble))
+        let session = Session::new(shell, deadline.clone(), self.launch.evidence.events());
+        Ok(session.with_machine(&self.trouble, &self.console))
     }
 
     fn log_in(&mut self, deadline: &Deadline) -> Result<()> {
@@ -545,6 +558,12 @@ fn note_prompt(
             Err(WaitError::Stopped(Stop::Expired { .. })) if !last && !deadline.expired() => {}
             Err(_) => return,
         }
+    }
+}
+
+impl Witness for Console {
+    fn last_words(&self) -> String {
+        format!("the last lines of the serial console:\n{}", indent(&self.tail(15)))
     }
 }
 

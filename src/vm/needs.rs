@@ -23,6 +23,8 @@ pub struct Needs {
     pub hostname: Option<&'static str>,
     /// It gets a machine id of its own (machine-id(5)) instead of its image's or its template's.
     pub fresh_machine_id: bool,
+    /// It may restart, as an installer does at its end. Any other machine that restarts has failed.
+    pub reboots: bool,
 }
 
 /// How the machine gets to its running state.
@@ -100,6 +102,7 @@ impl Needs {
         cpus: 2,
         hostname: None,
         fresh_machine_id: false,
+        reboots: false,
     };
 }
 

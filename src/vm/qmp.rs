@@ -11,12 +11,15 @@ use serde::Deserialize;
 use serde_json::Value;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 /// A control connection to one QEMU.
 #[derive(Debug)]
 pub struct Qmp {
     lines: JsonLines,
     disk_error: Option<String>,
+    /// The last that was heard of the guest: it restarted.
+    restarted: bool,
     next_id: u64,
     version: String,
 }
@@ -96,7 +99,7 @@ impl Qmp {
     /// [`QmpError::Closed`] when QEMU ended first: its standard error says why.
     pub fn open(stream: UnixStream, deadline: &Deadline) -> Result<Self, QmpError> {
         let lines = JsonLines::new(stream)?;
-        let mut qmp = Self { lines, disk_error: None, next_id: 1, version: String::new() };
+        let mut qmp = Self { lines, disk_error: None, restarted: false, next_id: 1, version: String::new() };
         loop {
             match qmp.message("greeting", deadline)? {
                 Message::Greeting { greeting: Greeting { version } } => {
@@ -158,7 +161,21 @@ impl Qmp {
         Ok(self.disk_error.as_deref())
     }
 
+    /// Whether the guest asked for a restart, which ended QEMU. Of a QEMU that has ended.
+    pub fn restarted(&mut self) -> bool {
+        let rest = Deadline::after(Duration::from_secs(1), "the last words of QEMU");
+        while let Ok(message) = self.message("events", &rest) {
+            if let Message::Event { event, data } = message {
+                self.note(&event, &data);
+            }
+        }
+        self.restarted
+    }
+
     fn note(&mut self, event: &str, data: &Value) {
+        if event == "SHUTDOWN" {
+            self.restarted = data["reason"] == "guest-reset";
+        }
         if event == "BLOCK_IO_ERROR" && self.disk_error.is_none() {
             let field = |name: &str| data[name].as_str().unwrap_or("?");
             self.disk_error =
@@ -223,7 +240,6 @@ fn forwarded_port(table: &str, guest: u16) -> Option<u16> {
 mod tests {
     use super::*;
     use std::io::Write;
-    use std::time::Duration;
 
     const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}, "package": "Debian"}, "capabilities": ["oob"]}}
 "#;

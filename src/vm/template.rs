@@ -11,11 +11,10 @@ use super::spec::Memory;
 use crate::deadline::Deadline;
 use crate::fault::{Blame, Fault, blame};
 use crate::image::digest;
-use crate::image::store::{Entry, Guard, Kind, Store};
+use crate::image::store::{self, Entry, Guard, Kind, Store};
 use crate::record::event::{Event, Events};
 use crate::record::{Evidence, Outcome, Scratch};
 use anyhow::{Context, Result, bail};
-use jiff::Timestamp;
 use qapi::qmp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -123,28 +122,36 @@ pub fn store_in(cache: &Path) -> Result<Store<Frozen>> {
 
 impl Template {
     /// The template for such a machine, from the store, or booted and frozen now. Of several
-    /// processes that want it, one boots; if that fails, it fails for all of the run that began at
-    /// `since`.
+    /// processes that want it, one boots; if that fails, it fails for all of that `run`.
     ///
     /// # Errors
     /// What the boot gives.
     pub fn get(
         store: &Store<Frozen>,
         launch: &Launch,
-        since: Timestamp,
+        run: &str,
         evidence: impl FnOnce() -> Result<Evidence>,
         deadline: &Deadline,
         events: &Events,
     ) -> Result<Self> {
         let key = key(launch)?;
         let name = launch.image.name.as_str();
-        let entry = store.get(&key, name, since, deadline, events, |dir, log| {
+        let entry = store.get(&key, name, Some(run), deadline, events, |dir, log| {
             // A change of image, QEMU or crate leaves templates that nobody will ask for again.
-            store.prune(Some(KEPT_UNUSED), Some(KEPT_BYTES))?;
+            if let Err(error) = store.prune(Some(KEPT_UNUSED), Some(KEPT_BYTES)) {
+                events.note(format!("old templates cannot be removed: {error:#}"));
+            }
             freeze(launch, dir, log, evidence()?, deadline)
         })?;
         let Entry { dir, manifest, guard } = entry;
         Ok(Self { dir, frozen: manifest.facts, _hold: Hold::Store(guard) })
+    }
+
+    /// QEMU does not take it: whoever wants it next makes it anew.
+    pub(super) fn condemn(&self) {
+        if let Hold::Store(_) = self._hold {
+            let _ = store::condemn(&self.dir);
+        }
     }
 
     /// Where a fork maps its memory from.

@@ -180,6 +180,21 @@ fn a_command_that_hangs_fails_and_spoils_nothing() {
 }
 
 #[test]
+fn a_machine_that_is_lost_has_failed_and_says_how() {
+    let place = Place::with_images();
+    let run = place.run("machines", &["lost_"], &[]);
+    let records = place.records();
+    let [restart, agent, sshd] = &records[..] else { panic!("three records: {run:?}") };
+    assert!(records.iter().all(|record| record.outcome == Outcome::Failed), "{run:?}");
+    assert!(reason(restart).starts_with("the machine restarted by itself"), "{}", reason(restart));
+    assert!(reason(sshd).starts_with("the machine broke the connection; the last lines"), "{}", reason(sshd));
+    assert!(reason(agent).starts_with("the machine does not answer; the last lines"), "{}", reason(agent));
+    has_evidence(sshd, ALL_EVIDENCE);
+    has_evidence(agent, ALL_EVIDENCE);
+    place.is_deserted();
+}
+
+#[test]
 fn a_fork_that_its_scenario_made_says_how_it_ended() {
     let place = Place::with_images();
     let run = place.run("machines", &["sibling_"], &[]);

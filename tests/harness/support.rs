@@ -223,7 +223,7 @@ pub(crate) fn debian() -> Image {
     let cache = shakedown::host::cache_dir().expect("a cache");
     let images = Images::new(cache, &environment, &None, &Default::default()).expect("a store");
     let deadline = Deadline::after(Duration::from_secs(1200), "test");
-    images.get(None, jiff::Timestamp::now(), &deadline, &Events::silent()).expect("the debian image")
+    images.get(None, None, &deadline, &Events::silent()).expect("the debian image")
 }
 
 /// A disk of which the boot sector writes `text` to the serial port and halts: as much of a machine

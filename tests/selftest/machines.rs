@@ -62,6 +62,22 @@ fn disk_is_filled(vm: &mut Vm) -> Result<()> {
 }
 
 #[scenario(markers = [broken])]
+fn lost_by_restart(vm: &mut Vm) -> Result<()> {
+    vm.shell()?.run("echo b >/proc/sysrq-trigger; sleep 1000").map(drop)
+}
+
+#[scenario(markers = [broken])]
+fn lost_with_sshd(vm: &mut Vm) -> Result<()> {
+    vm.ssh()?.run("pkill -9 sshd; sleep 1000").map(drop)
+}
+
+#[scenario(markers = [broken], timeout = "30s")]
+fn lost_with_agent(vm: &mut Vm) -> Result<()> {
+    vm.ssh()?.run("systemctl kill --signal=STOP qemu-guest-agent")?;
+    vm.shell()?.run("true").map(drop)
+}
+
+#[scenario(markers = [broken])]
 fn sibling_powers_off(vm: &mut Vm) -> Result<()> {
     let mut sibling = vm.origin().context("a fork")?.fork()?;
     sibling.ssh()?.run("poweroff -f; sleep 1000").map(drop)

@@ -27,7 +27,7 @@ fn write_image(dir: &Path, log: &Path) -> Result<Built> {
 }
 
 fn get(store: &Store<Built>, key: &str, name: &str) -> Result<Entry<Built>> {
-    store.get(key, name, Timestamp::now(), &deadline(), &Events::silent(), write_image)
+    store.get(key, name, None, &deadline(), &Events::silent(), write_image)
 }
 
 fn must_not_build(_: &Path, _: &Path) -> Result<Built> {
@@ -43,7 +43,7 @@ fn an_entry_is_built_once_and_whole() {
     let record = &entry.manifest.files["image.iso"];
     assert_eq!((record.bytes, record.sha256.as_ref().map(String::len)), (8, Some(64)));
     let again = store
-        .get(KEY, "mine", Timestamp::now(), &deadline(), &Events::silent(), must_not_build)
+        .get(KEY, "mine", Some("a run"), &deadline(), &Events::silent(), must_not_build)
         .expect("is there");
     assert_eq!(again.manifest, entry.manifest);
     let names: Vec<_> = store.names().expect("reads");
@@ -58,7 +58,7 @@ fn a_failed_build_leaves_its_log_and_nothing_else() {
         bail!(Fault::host("the mirror is gone"))
     };
     let error =
-        store.get(KEY, "mine", Timestamp::now(), &deadline(), &Events::silent(), fail).expect_err("fails");
+        store.get(KEY, "mine", Some("a run"), &deadline(), &Events::silent(), fail).expect_err("fails");
     assert!(format!("{error:#}").contains("the mirror is gone"));
     assert!(!store.dir.join(KEY).exists() && !store.dir.join(format!("tmp-{KEY}")).exists());
     assert_eq!(fs::read_to_string(store.path(KEY, "log")).expect("stays"), "a log");
@@ -81,7 +81,7 @@ fn a_damaged_entry_is_built_anew_with_a_warning() {
         damage(&entry.dir).expect("is damaged");
         let notes = Notes::default();
         let entry = store
-            .get(KEY, "mine", Timestamp::now(), &deadline(), &notes.events(), write_image)
+            .get(KEY, "mine", Some("a run"), &deadline(), &notes.events(), write_image)
             .expect("builds anew");
         assert_eq!(fs::read_to_string(entry.dir.join("image.iso")).expect("is there"), "an image");
         assert!(notes.any("is damaged"), "{notes:?}");
@@ -100,7 +100,7 @@ fn of_many_who_want_it_one_builds() {
                     write_image(dir, log)
                 };
                 open(&store.dir)
-                    .get(KEY, "mine", Timestamp::now(), &deadline(), &Events::silent(), build)
+                    .get(KEY, "mine", Some("a run"), &deadline(), &Events::silent(), build)
                     .expect("gets it");
             });
         }
@@ -111,14 +111,16 @@ fn of_many_who_want_it_one_builds() {
 #[test]
 fn a_build_fails_once_in_a_run_and_is_tried_again_in_the_next() {
     let (_dir, store) = store();
-    let run = Timestamp::now();
+    let run = Some("a run");
     let fail = |_: &Path, _: &Path| -> Result<Built> { bail!(Fault::machine("it panics")) };
     store.get(KEY, "mine", run, &deadline(), &Events::silent(), fail).expect_err("fails");
     let again = store.get(KEY, "mine", run, &deadline(), &Events::silent(), must_not_build);
     let error = again.expect_err("fails at once");
     assert!(format!("{error:#}").contains("before in this run:\nit panics"), "{error:#}");
     assert_eq!(blame(&error), Some(Blame::Machine), "whose fault it is stays");
-    get(&store, KEY, "mine").expect("the next run builds");
+    store.prune(Some(Duration::ZERO), None).expect("prunes");
+    store.get(KEY, "mine", run, &deadline(), &Events::silent(), must_not_build).expect_err("still");
+    store.get(KEY, "mine", Some("another"), &deadline(), &Events::silent(), write_image).expect("builds");
 }
 
 #[test]
@@ -137,15 +139,34 @@ fn who_waited_for_a_build_that_failed_fails_with_its_words() {
                 }
                 bail!("no such package")
             };
-            store.get(KEY, "mine", Timestamp::now(), &deadline(), &Events::silent(), build)
+            store.get(KEY, "mine", Some("a run"), &deadline(), &Events::silent(), build)
         });
         begun.recv().expect("begins");
-        let waited = store.get(KEY, "mine", Timestamp::now(), &deadline(), &notes.events(), must_not_build);
+        let waited = store.get(KEY, "mine", Some("a run"), &deadline(), &notes.events(), must_not_build);
         let text = format!("{:#}", waited.expect_err("fails too"));
         assert!(text.contains("before in this run") && text.contains("no such package"), "{text}");
         assert!(first.join().expect("joins").is_err());
     });
     assert!(notes.any(&format!("process {}", std::process::id())), "says for whom: {notes:?}");
+}
+
+#[test]
+fn a_leftover_that_cannot_be_removed_is_in_nobody_else_s_way() {
+    let (_dir, store) = store();
+    // Where root may do all, the way to a directory that cannot go is to be no directory.
+    fs::write(store.dir.join(format!("tmp-{KEY}")), "").expect("writes");
+    let store = open(&store.dir);
+    get(&store, OTHER, "other").expect("is not touched by it");
+    get(&store, KEY, "mine").expect_err("has it in the way");
+}
+
+#[test]
+fn what_is_condemned_is_built_anew() {
+    let (_dir, store) = store();
+    let entry = get(&store, KEY, "mine").expect("builds");
+    condemn(&entry.dir).expect("removes");
+    drop(entry);
+    store.get(KEY, "mine", None, &deadline(), &Events::silent(), write_image).expect("builds");
 }
 
 #[test]
@@ -198,8 +219,7 @@ fn what_a_killed_builder_left_is_swept_and_built_by_the_next() {
                 std::thread::park();
             }
         };
-        let _ =
-            open(Path::new(&dir)).get(KEY, "mine", Timestamp::now(), &deadline(), &Events::silent(), build);
+        let _ = open(Path::new(&dir)).get(KEY, "mine", Some("a run"), &deadline(), &Events::silent(), build);
         return;
     }
     let (_dir, store) = store();
@@ -215,7 +235,7 @@ fn what_a_killed_builder_left_is_swept_and_built_by_the_next() {
     assert!(temporary.exists(), "a build that runs is left alone");
     let short = Deadline::after(Duration::from_millis(100), "test");
     let error = store
-        .get(KEY, "mine", Timestamp::now(), &short, &Events::silent(), must_not_build)
+        .get(KEY, "mine", Some("a run"), &short, &Events::silent(), must_not_build)
         .expect_err("has to wait");
     assert!(format!("{error:#}").contains(&format!("process {}", builder.id())), "{error:#}");
 

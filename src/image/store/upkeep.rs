@@ -12,6 +12,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// How long it is known why a build failed.
+const FAILURE_KEPT: Duration = Duration::from_secs(24 * 3600);
+
 /// An entry, as a list shows it.
 #[derive(Clone, Debug, Serialize)]
 pub struct Stored<K> {
@@ -105,6 +108,7 @@ impl<K: Kind> Store<K> {
         for name in self.names()? {
             if let Some(key) =
                 name.strip_suffix(".lock").filter(|key| is_key(key) && !self.dir.join(key).exists())
+                && self.is_stale(key)
                 && let Some(lock) = self.try_lock(key)?
             {
                 remove(&self.path(key, "log"))?;
@@ -113,6 +117,12 @@ impl<K: Kind> Store<K> {
             }
         }
         Ok(removed)
+    }
+
+    /// Whether nobody can want to know any more why a build failed. A run that did ends before.
+    fn is_stale(&self, key: &str) -> bool {
+        let failed = self.path(key, "failed").metadata().and_then(|file| file.modified());
+        failed.map_or(true, |at| at.elapsed().unwrap_or_default() >= FAILURE_KEPT)
     }
 
     /// False when it is in use or being built.

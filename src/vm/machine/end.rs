@@ -1,7 +1,7 @@
 //! The end of a machine: whose fault it was, what it leaves behind.
 
-use super::{AGENT, LAST_MOMENTS, Vm, indent};
-use crate::connection::{Cmd, Connection, ConnectionError, Output};
+use super::{AGENT, LAST_MOMENTS, Vm};
+use crate::connection::{Cmd, Connection, ConnectionError, Output, Witness};
 use crate::deadline::{Deadline, Stop};
 use crate::fault::Fault;
 use crate::process;
@@ -17,8 +17,10 @@ use std::time::Duration;
 /// An end that nobody asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Death {
-    /// The guest powered it off, or restarted it: machines do not come back.
+    /// The guest powered it off.
     PoweredOff,
+    /// The guest restarted it, of its own will or in a panic, where that was not foreseen.
+    Restarted,
     /// QEMU crashed or was killed, or could not write to the machine's disks: how, and its last words.
     Broke(String),
 }
@@ -27,6 +29,7 @@ impl std::fmt::Display for Death {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::PoweredOff => "the machine powered itself off",
+            Self::Restarted => "the machine restarted by itself (a panic? `reboots` allows it)",
             Self::Broke(obituary) => obituary,
         })
     }
@@ -93,10 +96,7 @@ impl Vm {
             return error;
         }
         self.trouble.store(true, Ordering::SeqCst);
-        let error = error.context(Fault::machine(format!(
-            "{what}; the last lines of the serial console:\n{}",
-            indent(&self.console.tail(15))
-        )));
+        let error = error.context(Fault::machine(format!("{what}; {}", self.console.last_words())));
         self.add_obituary(error)
     }
 
@@ -104,8 +104,8 @@ impl Vm {
     /// ended well was powered off by its guest.
     pub(super) fn add_obituary(&mut self, error: anyhow::Error) -> anyhow::Error {
         match self.death(LAST_MOMENTS) {
-            Some(Death::PoweredOff) => error.context(Fault::machine(Death::PoweredOff.to_string())),
-            Some(broke) => error.context(Fault::host(broke.to_string())),
+            Some(broke @ Death::Broke(_)) => error.context(Fault::host(broke.to_string())),
+            Some(guest) => error.context(Fault::machine(guest.to_string())),
             None => error,
         }
     }
@@ -117,6 +117,7 @@ impl Vm {
         let Ok(status) = self.qemu.wait(&patience) else { return self.disk_full() };
         match status.success() {
             true if self.powered_off => None,
+            true if self.qmp.restarted() => Some(Death::Restarted),
             true => Some(Death::PoweredOff),
             false => Some(Death::Broke(self.qemu.obituary())),
         }

@@ -7,7 +7,7 @@ use crate::fault::Fault;
 use crate::record::Scratch;
 use crate::record::event::Event;
 use crate::vm::identity;
-use crate::vm::qmp::Qmp;
+use crate::vm::qmp::{Qmp, QmpError};
 use crate::vm::spec::{DriveFormat, Memory};
 use crate::vm::template::{Checkpoint, Frozen, Template};
 use anyhow::{Context, Result};
@@ -126,8 +126,12 @@ impl Vm {
     fn thaw(&mut self, template: &Template, deadline: &Deadline) -> Result<()> {
         let loaded = template.load(&mut self.qmp, deadline);
         if let Err(error) = loaded.and_then(|()| self.qmp.execute(&qmp::cont {}, deadline).map(drop)) {
-            let fault = Fault::host(format!("QEMU does not take the template {}", template.dir.display()))
-                .fix("`shakedown template rm` it: it is made anew then");
+            let mut fault =
+                Fault::host(format!("QEMU does not take the template {}", template.dir.display()));
+            if !matches!(error, QmpError::Stopped { .. }) {
+                template.condemn();
+                fault = fault.fix("start again: the template is made anew now");
+            }
             return Err(self.add_obituary(anyhow::Error::new(error).context(fault)));
         }
         if let Some(token) = &template.frozen.shell {
