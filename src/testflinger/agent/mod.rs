@@ -1,0 +1,7 @@
+//! agent
+
+pub mod config;
+mod log;
+mod mask;
+mod runner;
+mod survivors;
