@@ -8,7 +8,7 @@ use crate::nearest;
 use crate::testflinger::wire::Phase;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
-use serde::de::IgnoredAny;
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -105,6 +105,10 @@ const KEYS: [&str; 24] = [
     "output_bytes",
 ];
 
+/// The keys whose values are numbers or booleans.
+const NUMBERS: [&str; 5] =
+    ["polling_interval", "logging_quiet", "global_timeout", "output_timeout", "output_bytes"];
+
 fn polling_interval() -> u64 {
     10
 }
@@ -156,13 +160,20 @@ impl Config {
             // `agent_id: off` and `agent_id: 7` are a boolean and a number for who reads YAML 1.1.
             no_schema: true,
         };
-        let keys: BTreeMap<String, IgnoredAny> = serde_saphyr::from_str_with_options(text, options.clone())?;
-        for key in keys.keys() {
+        let values: BTreeMap<String, Value> = serde_saphyr::from_str_with_options(text, options.clone())?;
+        let line = |key: &str| text.lines().position(|line| line.starts_with(key)).map_or(1, |index| index + 1);
+        for key in values.keys() {
             if !KEYS.contains(&key.as_str()) {
-                bail!("unknown key `{key}`{}", nearest::hint(key, KEYS));
+                bail!("line {}: unknown key `{key}`{}", line(key), nearest::hint(key, KEYS));
             }
         }
         let config: Self = serde_saphyr::from_str_with_options(text, options)?;
+        // A number in quotes is a number to the reader of the line above, and text to others.
+        for (key, value) in values {
+            if value.is_string() && NUMBERS.contains(&key.as_str()) {
+                bail!("line {}: `{key}` is text; write it without quotes", line(&key));
+            }
+        }
         config.check()?;
         Ok(config)
     }
@@ -270,7 +281,7 @@ mod tests {
     #[test]
     fn every_key_is_known() {
         let config = with(
-            "identifier: x\nlocation: y\nprovision_type: maas2\npolling_interval: 1\nexecution_basedir: /r\n\
+            "identifier: x\nlocation: here\nprovision_type: maas2\npolling_interval: 1\nexecution_basedir: /r\n\
              logging_basedir: /l\nresults_basedir: /s\nlogging_level: DEBUG\nlogging_quiet: true\n\
              setup_command: a\nprovision_command: b\nfirmware_update_command: c\ntest_command: d\n\
              allocate_command: e\nreserve_command: f\ncleanup_command: g\nglobal_timeout: 10\n\

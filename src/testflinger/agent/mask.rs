@@ -68,7 +68,8 @@ impl Mask {
     }
 
     /// A whole text.
-    pub(super) fn apply(&self, text: &str) -> String {
+    #[cfg(test)]
+    fn apply(&self, text: &str) -> String {
         let mut masked = String::new();
         self.replace(text, &mut masked);
         masked
