@@ -220,7 +220,8 @@ impl Agent {
         let off = stays(data) || !fresh && data.state == "offline";
         let offline = if off { Some(data.comment.clone()) } else { told.offline };
         if let Some(comment) = offline {
-            if after.is_some() && !off {
+            // What an admin calls maintenance stays that.
+            if after.is_some() && data.state != "maintenance" {
                 self.client.update_agent(&agent, &AgentUpdate::state("offline", &*comment))?;
             }
             self.duty.after = None;

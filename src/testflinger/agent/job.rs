@@ -216,10 +216,10 @@ impl<'a> Running<'a> {
         self.agent.log.info(format!("After this job: {} ({})", data.state, data.comment));
         if data.state == "restart" {
             self.after.restart = Some(data.comment);
-        } else {
-            self.after.offline = Some(data.comment.clone());
-            self.memo.offline = Some(data.comment);
+            return;
         }
+        self.after.offline = (data.state != "waiting").then_some(data.comment);
+        self.memo.offline.clone_from(&self.after.offline);
         self.save();
     }
 

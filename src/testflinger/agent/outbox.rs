@@ -423,7 +423,7 @@ impl Sender {
                 }
             }
             Post::Enter(phase) => {
-                let admin = client.agent_data(agent)?.filter(asks_something);
+                let admin = client.agent_data(agent)?.filter(is_of_admin);
                 let comment = {
                     let mut state = self.shared.lock();
                     if let Some(data) = admin {
@@ -460,9 +460,10 @@ impl Sender {
     }
 }
 
-/// True when an admin wants the agent to do something else than jobs.
-pub(super) fn asks_something(data: &AgentData) -> bool {
-    matches!(data.state.as_str(), "offline" | "maintenance" | "restart")
+/// True for a state that an agent with a job does not give itself. `waiting` is an admin's word that
+/// takes back another.
+fn is_of_admin(data: &AgentData) -> bool {
+    matches!(data.state.as_str(), "offline" | "maintenance" | "restart" | "waiting")
 }
 
 /// An error with all that led to it.
