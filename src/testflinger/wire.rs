@@ -185,11 +185,7 @@ impl Job {
     pub fn secrets(&self) -> BTreeMap<String, String> {
         let secrets = self.data(Phase::Test).and_then(|data| data.get("secrets")?.as_object());
         let text = |value: &Value| value.as_str().map(str::to_owned);
-        secrets
-            .into_iter()
-            .flatten()
-            .filter_map(|(name, value)| Some((name.clone(), text(value)?)))
-            .collect()
+        secrets.into_iter().flatten().filter_map(|(name, value)| Some((name.clone(), text(value)?))).collect()
     }
 }
 

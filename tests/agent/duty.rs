@@ -22,7 +22,9 @@ fn until_asked_again(lab: &Lab) {
 #[test]
 fn a_start_before_the_server_registers_when_it_comes() {
     let mut lab = Lab::with(Server::start_down(), AGENT, COMMANDS);
-    lab.config.push_str("location: here\nadvertised_queues: {q-a1: text}\nadvertised_images: {q-a1: {i: 'distro: x'}}\n");
+    lab.config.push_str(
+        "location: here\nadvertised_queues: {q-a1: text}\nadvertised_images: {q-a1: {i: 'distro: x'}}\n",
+    );
     lab.script("true");
     lab.server.expire_tokens();
     let _agent = lab.start_with(&["--token-file", &lab.token_file()]);
@@ -140,7 +142,10 @@ fn an_agent_that_was_silent_for_a_day_says_something() {
     let old = json!("2026-01-01T00:00:00Z");
     lab.server.state().agents.get_mut(AGENT).expect("an agent").insert("updated_at".into(), old);
     lab.server.until("it says that it is there", |state| {
-        state.seen[before..].iter().any(|s| s.json == json!({"state": "waiting", "comment": ""})).then_some(())
+        state.seen[before..]
+            .iter()
+            .any(|s| s.json == json!({"state": "waiting", "comment": ""}))
+            .then_some(())
     });
 }
 
@@ -173,7 +178,11 @@ fn sigterm_waits_for_the_job_and_ends_an_idle_agent_at_once() {
     assert_eq!(agent.ended(), 143);
     let state = lab.server.state();
     assert!(state.results[&job_id].output("test").ends_with("whole\n"));
-    assert_eq!((state.results[&job_id].state.as_str(), state.jobs.len()), ("complete", 1), "it took no other");
+    assert_eq!(
+        (state.results[&job_id].state.as_str(), state.jobs.len()),
+        ("complete", 1),
+        "it took no other"
+    );
     drop(state);
     let idle = Lab::new("");
     let mut agent = idle.start();

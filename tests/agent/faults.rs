@@ -32,36 +32,44 @@ fn is_whole(result: &Result, what: &str) {
 
 fn each_once(result: &Result, what: &str) {
     let numbers: Vec<_> = result.fragments.iter().map(|fragment| fragment.2).collect();
-    assert_eq!(numbers, (0..numbers.len() as u64).collect::<Vec<_>>(), "{what}: fragments in order, each once");
+    assert_eq!(
+        numbers,
+        (0..numbers.len() as u64).collect::<Vec<_>>(),
+        "{what}: fragments in order, each once"
+    );
 }
 
 fn whole_job() -> serde_json::Value {
     json!({"provision_data": {"distro": "x"}, "job_status_webhook": "http://127.0.0.1:9/"})
 }
 
-/// Runs jobs, the first with `fault` at its first request, the second at its second, and so on.
+/// Every so many requests one fails.
+const STRIDE: usize = 7;
+
+/// Runs jobs, the first with `fault` at its first request and every seventh after that, the second at
+/// its second, and so on: each step of a job meets it.
 fn at_every_step(fault: Fault) {
     let lab = lab();
-    let _agent = lab.start();
-    let mut steps = u32::MAX;
-    let mut step = 0;
-    while step < steps {
-        let job = lab.submit(whole_job());
-        let seen_so_far = Arc::new(AtomicU32::new(0));
-        let (count, id) = (Arc::clone(&seen_so_far), job.clone());
-        lab.server.misbehave(move |seen| {
-            // What has not its id in it: the agent's states while it has this job.
-            let of_job = seen.path.contains(&id) || seen.method == "POST" && seen.path.contains("/agents/");
-            (of_job && count.fetch_add(1, Ordering::SeqCst) == step).then_some(fault)
-        });
-        let result = lab.server.finished(&job);
-        is_whole(&result, &format!("{fault:?} at step {step}"));
-        if step == 0 {
-            steps = seen_so_far.load(Ordering::SeqCst) + 1;
-            assert!(steps > 40, "{steps} steps are no whole job");
+    let jobs: Vec<_> = (0..STRIDE).map(|_| lab.submit(whole_job())).collect();
+    let (of_hook, reached) = (jobs.clone(), Arc::new(AtomicU32::new(0)));
+    let count = Arc::clone(&reached);
+    let (mut current, mut seen_of_it) = (None, 0);
+    lab.server.misbehave(move |seen| {
+        let named =
+            of_hook.iter().position(|id| seen.path.contains(id) || seen.json["job_id"] == *id.as_str());
+        if named.is_some() && named != current {
+            (current, seen_of_it) = (named, 0);
         }
-        step += 1;
+        seen_of_it += 1;
+        let faulty = current.is_some_and(|job| seen_of_it % STRIDE == job) && !seen.is("GET", "/v1/job");
+        count.fetch_add(u32::from(faulty), Ordering::SeqCst);
+        faulty.then_some(fault)
+    });
+    let _agent = lab.start();
+    for (number, job) in jobs.iter().enumerate() {
+        is_whole(&lab.server.finished(job), &format!("{fault:?}, job {number}"));
     }
+    assert!(reached.load(Ordering::SeqCst) > 40, "{reached:?} steps are no whole job");
     lab.server.behave();
     until("nothing waits", || crate::support::names_in(&lab.results()).is_empty());
     lab.check();
@@ -104,14 +112,14 @@ fn the_agent_is_killed_at_every_step() {
     let mut steps = 0;
     for step in 1.. {
         let job = lab.submit(whole_job());
-        let mut agent = Some(lab.start());
+        let agent = lab.start();
         let told = lab.server.until("the step", |state| {
             let of_job = |path: &str| path.contains(&job);
             let begun = state.seen.iter().position(|s| of_job(&s.path))?;
             let over = state.results[&job].states.last().is_some_and(|state| state == "complete");
             (state.seen.len() - begun >= step || over).then_some(over)
         });
-        agent.take().map(Running::crash);
+        agent.crash();
         if told {
             steps = step;
             break;
@@ -178,10 +186,9 @@ fn many_jobs_leave_nothing_behind() {
     let lab = Lab::new("test_command: echo x\n");
     let agent = lab.start();
     let run = |count: usize| {
-        for _ in 0..count {
-            let job = lab.submit(json!({}));
+        let jobs: Vec<_> = (0..count).map(|_| lab.submit(json!({}))).collect();
+        for job in jobs {
             lab.server.finished(&job);
-            lab.server.state().seen.clear();
         }
         let status = std::fs::read_to_string(format!("/proc/{}/status", agent.pid())).expect("reads");
         let number = |key: &str| -> u64 {

@@ -15,7 +15,8 @@ fn lab(script: &str) -> Lab {
 
 #[test]
 fn output_is_shown_while_the_command_runs() {
-    let lab = lab("echo first; printf 'zw\\303'; until [ -e ../../go ]; do sleep 0.02; done; printf '\\266lf\\n'");
+    let lab =
+        lab("echo first; printf 'zw\\303'; until [ -e ../../go ]; do sleep 0.02; done; printf '\\266lf\\n'");
     let job = lab.submit(json!({}));
     let _agent = lab.start();
     lab.server.until("the output of a running test is there", |state| {
@@ -31,7 +32,8 @@ fn output_is_shown_while_the_command_runs() {
 fn a_job_without_work_takes_no_time() {
     let lab = lab("true");
     let agent = lab.start();
-    lab.server.until("it asks for work", |state| state.seen.iter().any(|s| s.is("GET", "/v1/job")).then_some(()));
+    lab.server
+        .until("it asks for work", |state| state.seen.iter().any(|s| s.is("GET", "/v1/job")).then_some(()));
     let job = lab.submit(json!({"provision_data": {"distro": "x"}}));
     lab.server.until("the job is taken", |state| state.taken.contains(&job).then_some(()));
     let begun = Instant::now();
@@ -48,7 +50,8 @@ fn nothing_survives_a_cancelled_job_but_its_cleanup() {
     lab.config = lab.config.replace("echo CLEANUP", "'sleep 1.5; echo CLEANED'");
     let job = lab.submit(json!({}));
     let _agent = lab.start();
-    lab.server.until("the test runs", |state| state.results[&job].output("test").contains("begun").then_some(()));
+    lab.server
+        .until("the test runs", |state| state.results[&job].output("test").contains("begun").then_some(()));
     until("its processes run", || process_with("1234501"));
     lab.server.cancel(&job);
     let result = lab.server.finished(&job);
@@ -71,13 +74,14 @@ fn what_a_job_leaves_behind_ends_with_it() {
 
 #[test]
 fn secrets_are_literals_and_never_shown() {
-    let lab = lab("printf 'a $SECRET '; printf 'hun.te'; sleep 0.3; printf 'r(2 end\\n'; echo \"$SECRET\"; echo huXter; stat -c %a testflinger.json test.log");
+    let lab = lab(
+        "printf 'a $SECRET '; printf 'hun.te'; sleep 0.3; printf 'r(2 end\\n'; echo \"$SECRET\"; echo huXter; stat -c %a testflinger.json test.log",
+    );
     let secrets = json!({"test_cmds": "x", "secrets": {"SECRET": "hun.ter(2", "EMPTY": ""}});
     let job = lab.submit(json!({"test_data": secrets}));
     let _agent = lab.start();
     let result = lab.server.finished(&job);
     let text = result.output("test");
-    let mark = text.split("**").nth(1).map(|digits| format!("**{digits}**"));
     assert!(!text.contains("hun.te") && !text.contains("r(2"), "{text}");
     let text = text.split_once("a1 *\n").expect("a banner").1.split_once('\n').expect("stars").1;
     let lines: Vec<_> = text.lines().collect();
@@ -121,8 +125,11 @@ fn broken_attachments_are_told_to_the_user() {
 
 #[test]
 fn an_allocation_ends_although_its_parent_is_silent() {
-    let lab = Lab::new("allocate_command: \"echo '{\\\"device_info\\\": {\\\"device_ip\\\": \\\"10.0.0.1\\\"}}' > device-info.json\"\n");
-    let job = lab.submit(json!({"allocate_data": {"allocate": true}, "test_data": null, "allocation_timeout": 2}));
+    let lab = Lab::new(
+        "allocate_command: \"echo '{\\\"device_info\\\": {\\\"device_ip\\\": \\\"10.0.0.1\\\"}}' > device-info.json\"\n",
+    );
+    let job =
+        lab.submit(json!({"allocate_data": {"allocate": true}, "test_data": null, "allocation_timeout": 2}));
     let _agent = lab.start();
     let result = lab.server.finished(&job);
     assert_eq!(result.device_info["device_ip"], "10.0.0.1");
@@ -177,7 +184,9 @@ fn a_failed_test_does_not_stop_what_follows() {
 
 #[test]
 fn serial_logs_are_sent_and_commands_may_remove_what_they_find() {
-    let lab = lab("printf 'boot\\377ing' > test-serial.log; mkdir artifacts; mv *.json *.log artifacts 2>/dev/null; true");
+    let lab = lab(
+        "printf 'boot\\377ing' > test-serial.log; mkdir artifacts; mv *.json *.log artifacts 2>/dev/null; true",
+    );
     let lab2 = lab.submit(json!({"provision_data": {"distro": "x"}}));
     let _agent = lab.start();
     let result = lab.server.finished(&lab2);
@@ -198,7 +207,8 @@ fn the_agent_works_under_the_name_of_the_original() {
     std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_shakedown"), &link).expect("links");
     std::fs::write(lab.path("testflinger-agent.conf"), &lab.config).expect("writes");
     let job = lab.submit(json!({}));
-    let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
+    let port =
+        std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port();
     let mut command = std::process::Command::new(link);
     command.current_dir(lab.dir.path()).args(["-p", &port.to_string(), "--token-file", "none"]);
     let _agent = crate::support::Running::start(command);
@@ -242,7 +252,8 @@ fn files_with_secrets_are_for_their_owner() {
     let _agent = lab.start();
     lab.server.until("the test runs", |state| (state.agents.get("a1")?["state"] == "test").then_some(()));
     let mode = |path: std::path::PathBuf| {
-        std::fs::metadata(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())).permissions().mode() & 0o777
+        std::fs::metadata(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())).permissions().mode()
+            & 0o777
     };
     assert_eq!(mode(lab.rundir(&job).join("testflinger.json")), 0o600);
     assert_eq!(mode(lab.path("run/.shakedown")), 0o700);

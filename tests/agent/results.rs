@@ -4,8 +4,8 @@ use crate::server::{Fault, Server};
 use crate::support::{AGENT, COMMANDS, Lab, QUEUE, job, names_in, until};
 use serde_json::json;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 fn lab(script: &str) -> Lab {
     let lab = Lab::new(COMMANDS);
@@ -20,7 +20,8 @@ fn refuse(server: &Server, end: &'static str, status: u16) -> Arc<AtomicBool> {
     let refusing = Arc::new(AtomicBool::new(true));
     let asked = Arc::clone(&refusing);
     server.misbehave(move |seen| {
-        (seen.method == "POST" && seen.path.ends_with(end) && asked.load(Ordering::Relaxed)).then_some(Fault::Status(status))
+        (seen.method == "POST" && seen.path.ends_with(end) && asked.load(Ordering::Relaxed))
+            .then_some(Fault::Status(status))
     });
     refusing
 }
@@ -73,10 +74,13 @@ fn a_lost_connection_while_uploading_is_tried_again() {
 
 #[test]
 fn a_job_ends_without_its_server_and_is_told_in_full_later() {
-    let lab = lab("echo begun; until [ -e ../../go ]; do sleep 0.02; done; seq 1000; mkdir artifacts; echo x > artifacts/x");
+    let lab = lab(
+        "echo begun; until [ -e ../../go ]; do sleep 0.02; done; seq 1000; mkdir artifacts; echo x > artifacts/x",
+    );
     let job = lab.submit(json!({}));
     let agent = lab.start();
-    lab.server.until("the test runs", |state| state.results[&job].output("test").contains("begun").then_some(()));
+    lab.server
+        .until("the test runs", |state| state.results[&job].output("test").contains("begun").then_some(()));
     lab.server.down();
     std::fs::write(lab.path("go"), "").expect("writes");
     let waiting = lab.results().join(&job);
@@ -159,7 +163,8 @@ fn a_job_of_which_nothing_is_left_is_ended() {
     let id = "00000000-0000-4000-8000-00000000beef";
     {
         let mut state = lab.server.state();
-        let data = json!({"name": AGENT, "state": "provision", "comment": "", "job_id": id, "queues": [QUEUE]});
+        let data =
+            json!({"name": AGENT, "state": "provision", "comment": "", "job_id": id, "queues": [QUEUE]});
         state.agents.insert(AGENT.into(), data.as_object().expect("an object").clone());
         state.results.entry(id.into()).or_default().state = "provision".into();
     }

@@ -36,8 +36,6 @@ pub(crate) enum Fault {
     Lose,
     /// An answer of this status; nothing was done.
     Status(u16),
-    /// All is done, later.
-    Delay(Duration),
 }
 
 type Hook = Box<dyn FnMut(&Seen) -> Option<Fault> + Send>;
@@ -105,7 +103,13 @@ impl Result {
         let mut archive = tar::Archive::new(flate2::read::GzDecoder::new(&form[start..end]));
         let entries = archive.entries().expect("a tar");
         let name = |entry: std::io::Result<tar::Entry<'_, _>>| {
-            entry.expect("an entry").path().expect("a path").to_string_lossy().trim_end_matches('/').to_owned()
+            entry
+                .expect("an entry")
+                .path()
+                .expect("a path")
+                .to_string_lossy()
+                .trim_end_matches('/')
+                .to_owned()
         };
         entries.map(name).collect()
     }
@@ -277,13 +281,9 @@ impl Server {
                 }
                 fault
             };
-            match fault {
-                Some(Fault::Drop) => {
-                    let _ = stream.shutdown(Shutdown::Both);
-                    return None;
-                }
-                Some(Fault::Delay(time)) => std::thread::sleep(time),
-                _ => {}
+            if fault == Some(Fault::Drop) {
+                let _ = stream.shutdown(Shutdown::Both);
+                return None;
             }
             let answer = match fault {
                 Some(Fault::Status(status)) => Answer::text(status, "injected"),
@@ -296,7 +296,8 @@ impl Server {
                 let _ = stream.shutdown(Shutdown::Both);
                 return None;
             }
-            let mut head = format!("HTTP/1.1 {} X\r\nContent-Length: {}\r\n", answer.status, answer.body.len());
+            let mut head =
+                format!("HTTP/1.1 {} X\r\nContent-Length: {}\r\n", answer.status, answer.body.len());
             for (name, value) in &answer.headers {
                 head.push_str(&format!("{name}: {value}\r\n"));
             }
@@ -366,46 +367,49 @@ impl State {
             return refusal;
         }
         let parts: Vec<_> = path.trim_start_matches("/v1").trim_matches('/').split('/').collect();
-        let answer = match (seen.method.as_str(), &parts[..]) {
-            ("GET", [""]) => Some(Answer::text(200, "Testflinger Server v1.5.0")),
-            ("POST", ["agents", "data", agent]) => self.update_agent(agent, &seen.json),
-            ("GET", ["agents", "data", agent]) => Some(self.agents.get(*agent).map_or_else(
-                || Answer::text(404, "{}"),
-                |data| Answer::json(&Value::Object(data.clone())),
-            )),
-            ("POST", ["agents", "queues"]) => texts(&seen.json).map(|queues| {
-                self.queues.extend(queues);
-                Answer::ok()
-            }),
-            ("POST", ["agents", "images"]) => seen.json.as_object().and_then(|images| {
-                for (queue, images) in images {
-                    self.images.insert(queue.clone(), json!(texts(images)?));
-                }
-                Some(Answer::ok())
-            }),
-            ("POST", ["agents", "provision_logs", _]) => {
-                fields(&seen.json, &["job_id", "exit_code", "detail"]).map(|_| {
-                    self.provision_logs.push(seen.json.clone());
+        let answer =
+            match (seen.method.as_str(), &parts[..]) {
+                ("GET", [""]) => Some(Answer::text(200, "Testflinger Server v1.5.0")),
+                ("POST", ["agents", "data", agent]) => self.update_agent(agent, &seen.json),
+                ("GET", ["agents", "data", agent]) => Some(self.agents.get(*agent).map_or_else(
+                    || Answer::text(404, "{}"),
+                    |data| Answer::json(&Value::Object(data.clone())),
+                )),
+                ("POST", ["agents", "queues"]) => texts(&seen.json).map(|queues| {
+                    self.queues.extend(queues);
                     Answer::ok()
-                })
-            }
-            ("GET", ["job"]) => Some(self.take_job(query)),
-            ("GET", ["job", job, "attachments"]) => Some(self.attachments.get(*job).map_or_else(
-                || Answer::text(204, ""),
-                |archive| Answer { status: 200, headers: Vec::new(), body: archive.clone() },
-            )),
-            ("POST", ["job", job, "events"]) => self.events(job, &seen.json),
-            ("GET", ["result", job]) => Some(self.result(job)),
-            ("POST", ["result", job]) => self.update_result(job, &seen.json),
-            ("GET", ["result", job, "log", log]) => Some(self.log(job, log, query)),
-            ("POST", ["result", job, "log", log]) => self.fragment(job, log, &seen.json),
-            ("POST", ["result", job, "artifact"]) => self.artifact(job, seen),
-            _ => Some(Answer::text(404, "no such endpoint")),
-        };
+                }),
+                ("POST", ["agents", "images"]) => seen.json.as_object().and_then(|images| {
+                    for (queue, images) in images {
+                        self.images.insert(queue.clone(), json!(texts(images)?));
+                    }
+                    Some(Answer::ok())
+                }),
+                ("POST", ["agents", "provision_logs", _]) => {
+                    fields(&seen.json, &["job_id", "exit_code", "detail"]).map(|_| {
+                        self.provision_logs.push(seen.json.clone());
+                        Answer::ok()
+                    })
+                }
+                ("GET", ["job"]) => Some(self.take_job(query)),
+                ("GET", ["job", job, "attachments"]) => Some(self.attachments.get(*job).map_or_else(
+                    || Answer::text(204, ""),
+                    |archive| Answer { status: 200, headers: Vec::new(), body: archive.clone() },
+                )),
+                ("POST", ["job", job, "events"]) => self.events(job, &seen.json),
+                ("GET", ["result", job]) => Some(self.result(job)),
+                ("POST", ["result", job]) => self.update_result(job, &seen.json),
+                ("GET", ["result", job, "log", log]) => Some(self.log(job, log, query)),
+                ("POST", ["result", job, "log", log]) => self.fragment(job, log, &seen.json),
+                ("POST", ["result", job, "artifact"]) => self.artifact(job, seen),
+                _ => Some(Answer::text(404, "no such endpoint")),
+            };
         answer.unwrap_or_else(|| {
             self.violations.push(format!("422: {} {} {}", seen.method, seen.path, seen.json));
-            Answer::json(&json!({"message": "Validation error", "detail": {"json": {"field": ["Unknown field."]}}}))
-                .with(422)
+            Answer::json(
+                &json!({"message": "Validation error", "detail": {"json": {"field": ["Unknown field."]}}}),
+            )
+            .with(422)
         })
     }
 
@@ -420,7 +424,9 @@ impl State {
         }
         let tokens = self.tokens.as_ref()?;
         let bearer = seen.headers.get("authorization").and_then(|value| value.strip_prefix("Bearer "));
-        let answer = |status, message: &str| Some(Answer::json(&json!({"detail": {}, "message": message})).with(status));
+        let answer = |status, message: &str| {
+            Some(Answer::json(&json!({"detail": {}, "message": message})).with(status))
+        };
         match bearer {
             Some(bearer) if tokens.iter().any(|token| token == bearer) => None,
             Some(_) => answer(401, "Token has expired"),
@@ -438,7 +444,10 @@ impl State {
             data.as_object().expect("an object").clone()
         });
         data.extend(update.clone());
-        data.insert("updated_at".into(), jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string().into());
+        data.insert(
+            "updated_at".into(),
+            jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string().into(),
+        );
         let mut answer = Answer::json(&json!({"status": "OK"}));
         let cookie = format!("agent_name={agent}; HttpOnly; Path=/; SameSite=Strict");
         answer.headers.push(("Set-Cookie".into(), cookie));
@@ -520,7 +529,8 @@ impl State {
     }
 
     fn log(&self, job: &str, log: &str, query: &str) -> Answer {
-        let start: u64 = query.split('&').find_map(|p| p.strip_prefix("start_fragment=")?.parse().ok()).unwrap_or(0);
+        let start: u64 =
+            query.split('&').find_map(|p| p.strip_prefix("start_fragment=")?.parse().ok()).unwrap_or(0);
         let result = self.results.get(job).cloned().unwrap_or_default();
         let phases: Map<_, _> = PHASES
             .iter()

@@ -1,11 +1,13 @@
 //! An agent in a directory of its own, as a supervisor would run it.
 
 use crate::server::Server;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::{Value, json};
-use std::os::unix::process::{CommandExt, ExitStatusExt};
+use shakedown::deadline::Deadline;
+use shakedown::process;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -118,50 +120,33 @@ pub(crate) fn job(more: Value) -> Value {
 
 /// A running agent; it does not survive the test.
 pub(crate) struct Running {
-    child: Child,
+    child: process::Child,
 }
 
 impl Running {
     pub(crate) fn start(mut command: Command) -> Self {
-        command.stdin(Stdio::null()).process_group(0);
-        Self { child: command.spawn().expect("starts") }
+        command.stdin(Stdio::null());
+        Self { child: process::spawn(command).expect("starts") }
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).expect("signals");
+        self.child.signal(signal);
     }
 
     /// `kill -9`.
     pub(crate) fn crash(mut self) {
-        self.child.kill().expect("kills");
-        self.child.wait().expect("waits");
+        self.child.kill();
     }
 
     /// How it ended by itself.
     pub(crate) fn ended(&mut self) -> i32 {
-        let begun = Instant::now();
-        loop {
-            if let Some(status) = self.child.try_wait().expect("waits") {
-                return code(status);
-            }
-            assert!(begun.elapsed() < Duration::from_secs(40), "the agent does not end");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        let deadline = Deadline::after(Duration::from_secs(60), "test");
+        let status = self.child.wait(&deadline).expect("the agent ends");
+        status.code().or_else(|| Some(128 + status.signal()?)).expect("an end")
     }
 
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
-    }
-}
-
-fn code(status: ExitStatus) -> i32 {
-    status.code().or_else(|| Some(128 + status.signal()?)).expect("an end")
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 

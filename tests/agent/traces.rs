@@ -45,7 +45,8 @@ fn said(method: &str, path: &str, body: &Value, id: &str, server: &str) -> Optio
         return None;
     }
     let path = path.replace(id, "JOB");
-    let text = |value: &Value| value.as_str().unwrap_or_default().replace(id, "JOB").replace(server, "SERVER");
+    let text =
+        |value: &Value| value.as_str().unwrap_or_default().replace(id, "JOB").replace(server, "SERVER");
     Some(if path.ends_with("/events") {
         let last = body["events"].as_array().and_then(|events| events.last()).expect("events");
         Said::Event(text(&last["event_name"]), text(&last["detail"]))
@@ -106,7 +107,8 @@ impl Stage {
         let trace = trace(name, change);
         let server = Server::start();
         server.expire_tokens();
-        let more = format!("identifier: cid-{name}\nadvertised_queues:\n  q-{name}: queue {name}\n{COMMANDS}");
+        let more =
+            format!("identifier: cid-{name}\nadvertised_queues:\n  q-{name}: queue {name}\n{COMMANDS}");
         let lab = Lab::with(server, name, &more);
         lab.script(trace.job["test_data"]["test_cmds"].as_str().unwrap_or("exit 99"));
         let provision = lab.path("provision.sh");
@@ -196,9 +198,13 @@ fn reserve() {
 
 #[test]
 fn attachments() {
-    let archive = archive(&[("test/data/config.json", "{\"a\": \"b\"}", 0o644), ("test/sub/s.sh", "echo attached script ran", 0o755)]);
+    let archive = archive(&[
+        ("test/data/config.json", "{\"a\": \"b\"}", 0o644),
+        ("test/sub/s.sh", "echo attached script ran", 0o755),
+    ]);
     // `ls -la` shows times and sizes.
-    let change = |job: &str| job.replace("find attachments -type f | xargs ls -la", "find attachments -type f | sort");
+    let change =
+        |job: &str| job.replace("find attachments -type f | xargs ls -la", "find attachments -type f | sort");
     let stage = Stage::new("attach2", change, |lab, trace| {
         let id = trace.job["job_id"].as_str().expect("an id");
         lab.server.state().attachments.insert(id.to_owned(), archive);
@@ -216,7 +222,8 @@ fn attachments() {
 #[test]
 fn global_timeout() {
     // The time counts from the start of the job, of which the original spent 14 s on its own.
-    let stage = Stage::new("gto", |job| job.replace("\"global_timeout\":15", "\"global_timeout\":2"), |_, _| {});
+    let stage =
+        Stage::new("gto", |job| job.replace("\"global_timeout\":15", "\"global_timeout\":2"), |_, _| {});
     let said = stage.said();
     let log = said.iter().find_map(|said| match said {
         Said::Log(phase, text) if phase == "test" => Some(text.clone()),
@@ -240,7 +247,8 @@ fn global_timeout() {
 
 #[test]
 fn output_timeout() {
-    let stage = Stage::new("oto", |job| job.replace("\"output_timeout\":12", "\"output_timeout\":1"), |_, _| {});
+    let stage =
+        Stage::new("oto", |job| job.replace("\"output_timeout\":12", "\"output_timeout\":1"), |_, _| {});
     stage.passes_with(|expected| {
         edit_log(expected, "test", |text| text.replace("12s", "1s"));
         for said in expected {
@@ -253,16 +261,20 @@ fn output_timeout() {
 
 #[test]
 fn cancel() {
-    let stage = Stage::new("cancel", |job| job.replace("sleep 5", "sleep 0.05"), |lab, trace| {
-        let id = trace.job["job_id"].as_str().expect("an id").to_owned();
-        let server = lab.server.clone();
-        std::thread::spawn(move || {
-            server.until("the test ticks", |state| {
-                state.results.get(&id)?.output("test").contains("tick 1").then_some(())
+    let stage = Stage::new(
+        "cancel",
+        |job| job.replace("sleep 5", "sleep 0.05"),
+        |lab, trace| {
+            let id = trace.job["job_id"].as_str().expect("an id").to_owned();
+            let server = lab.server.clone();
+            std::thread::spawn(move || {
+                server.until("the test ticks", |state| {
+                    state.results.get(&id)?.output("test").contains("tick 1").then_some(())
+                });
+                server.cancel(&id);
             });
-            server.cancel(&id);
-        });
-    });
+        },
+    );
     let said = stage.said();
     let log = said.iter().find_map(|said| match said {
         Said::Log(phase, text) if phase == "test" => Some(text.clone()),
@@ -273,7 +285,9 @@ fn cancel() {
     stage.passes_with(|expected| {
         edit_log(expected, "test", |_| log.clone());
         // Cleanup is not cancelled, and the job ends as what it is.
-        edit_log(expected, "cleanup", |text| text.replace("\nJob cancellation was requested, exiting.\n", ""));
+        edit_log(expected, "cleanup", |text| {
+            text.replace("\nJob cancellation was requested, exiting.\n", "")
+        });
         for said in expected {
             if let Said::Post(_, body) = said
                 && body["job_state"] == "complete"
@@ -295,7 +309,11 @@ fn allocate() {
         let ours = stage.lab.server.state().results[stage.id()].output("allocate");
         assert!(ours.contains("\nallocating\ntotal "), "{ours}");
         let (banner, rest) = ours.split_at(ours.find("allocating").expect("output"));
-        edit_log(expected, "allocate", |text| if text.contains("total") { rest.into() } else { banner.into() });
+        edit_log(
+            expected,
+            "allocate",
+            |text| if text.contains("total") { rest.into() } else { banner.into() },
+        );
     });
     let parent = stage.trace.job["parent_job_id"].as_str().expect("a parent").to_owned();
     stage.lab.server.state().results.entry(parent).or_default().state = "complete".into();
@@ -305,20 +323,29 @@ fn allocate() {
 
 #[test]
 fn offline_while_busy() {
-    let stage = Stage::new("offl", |job| job.replace("sleep 30", "sleep 0.5"), |lab, _| {
-        let server = lab.server.clone();
-        std::thread::spawn(move || {
-            server.until("the test runs", |state| (state.agents.get("offl")?["state"] == "test").then_some(()));
-            server.set_agent("offl", "offline", "Set to offline by dev-admin. Reason: admin says so");
-        });
-    });
+    let stage = Stage::new(
+        "offl",
+        |job| job.replace("sleep 30", "sleep 0.5"),
+        |lab, _| {
+            let server = lab.server.clone();
+            std::thread::spawn(move || {
+                server.until("the test runs", |state| {
+                    (state.agents.get("offl")?["state"] == "test").then_some(())
+                });
+                server.set_agent("offl", "offline", "Set to offline by dev-admin. Reason: admin says so");
+            });
+        },
+    );
     stage.passes();
 }
 
 #[test]
 fn usr1_while_busy() {
     let mut stage = Stage::new("usr1", |job| job.replace("sleep 45", "sleep 1"), |_, _| {});
-    stage.lab.server.until("the test runs", |state| (state.agents.get("usr1")?["state"] == "test").then_some(()));
+    stage
+        .lab
+        .server
+        .until("the test runs", |state| (state.agents.get("usr1")?["state"] == "test").then_some(()));
     stage.agent.signal(Signal::USR1);
     stage.passes_with(|expected| {
         // The state that a start takes for what it is; the original says `offline`.
@@ -334,7 +361,8 @@ fn restart_while_idle() {
     let mut lab = Lab::with(Server::start(), "rst", "");
     lab.config.push_str("identifier: cid-rst\nlocation: here\nprovision_type: noprovision\n");
     let mut agent = lab.start();
-    lab.server.until("it asks for work", |state| state.seen.iter().any(|s| s.is("GET", "/v1/job")).then_some(()));
+    lab.server
+        .until("it asks for work", |state| state.seen.iter().any(|s| s.is("GET", "/v1/job")).then_some(()));
     lab.server.set_agent("rst", "restart", "pls restart");
     assert_eq!(agent.ended(), 1);
     let state = lab.server.state();

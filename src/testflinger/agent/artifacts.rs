@@ -40,10 +40,14 @@ fn pack_dir(builder: &mut Builder<impl Write>, dir: &Path, name: &Path) -> Resul
         if kind.is_dir() {
             pack_dir(builder, &path, &name)?;
         } else if kind.is_symlink() {
-            builder.append_path_with_name(&path, &name).with_context(|| format!("cannot pack {}", path.display()))?;
+            builder
+                .append_path_with_name(&path, &name)
+                .with_context(|| format!("cannot pack {}", path.display()))?;
         } else if kind.is_file() {
             let mut file = File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
-            builder.append_file(&name, &mut file).with_context(|| format!("cannot pack {}", path.display()))?;
+            builder
+                .append_file(&name, &mut file)
+                .with_context(|| format!("cannot pack {}", path.display()))?;
         }
     }
     Ok(())
@@ -62,7 +66,8 @@ mod tests {
         assert!(are_in(dir.path()));
         fs::write(dir.path().join("artifacts/sub/file"), "content").expect("writes");
         std::os::unix::fs::symlink("nowhere", dir.path().join("artifacts/link")).expect("links");
-        let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("artifacts/socket")).expect("binds");
+        let _socket =
+            std::os::unix::net::UnixListener::bind(dir.path().join("artifacts/socket")).expect("binds");
         let archive = dir.path().join("artifacts.tar.gz");
         pack(dir.path(), &archive).expect("packs");
         let mut packed = tar::Archive::new(GzDecoder::new(File::open(&archive).expect("opens")));

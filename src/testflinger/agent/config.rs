@@ -73,7 +73,9 @@ impl Images {
     pub fn map(&self) -> BTreeMap<String, String> {
         match self {
             Self::Map(images) => images.clone(),
-            Self::List(list) => list.iter().flatten().map(|(name, text)| (name.clone(), text.clone())).collect(),
+            Self::List(list) => {
+                list.iter().flatten().map(|(name, text)| (name.clone(), text.clone())).collect()
+            }
         }
     }
 }
@@ -161,7 +163,8 @@ impl Config {
             no_schema: true,
         };
         let values: BTreeMap<String, Value> = serde_saphyr::from_str_with_options(text, options.clone())?;
-        let line = |key: &str| text.lines().position(|line| line.starts_with(key)).map_or(1, |index| index + 1);
+        let line =
+            |key: &str| text.lines().position(|line| line.starts_with(key)).map_or(1, |index| index + 1);
         for key in values.keys() {
             if !KEYS.contains(&key.as_str()) {
                 bail!("line {}: unknown key `{key}`{}", line(key), nearest::hint(key, KEYS));
@@ -300,7 +303,11 @@ mod tests {
     #[test]
     fn mistakes_are_refused_with_the_right_word() {
         assert!(refusal("test_comand: x\n").contains("did you mean `test_command`"));
-        assert!(refusal("polling_interval: ten\n").contains("line 4"), "{}", refusal("polling_interval: ten\n"));
+        assert!(
+            refusal("polling_interval: ten\n").contains("line 4"),
+            "{}",
+            refusal("polling_interval: ten\n")
+        );
         for lines in [
             "polling_interval: '10'\n",
             "location: 7\n",
@@ -323,7 +330,8 @@ mod tests {
 
     #[test]
     fn images_may_be_a_list_of_maps() {
-        let config = with("advertised_images:\n  q:\n    - a: 'distro: a'\n    - b: 'distro: b'\n").expect("is right");
+        let config =
+            with("advertised_images:\n  q:\n    - a: 'distro: a'\n    - b: 'distro: b'\n").expect("is right");
         let images = config.advertised_images.expect("there are some");
         assert_eq!(images["q"].map().len(), 2);
     }

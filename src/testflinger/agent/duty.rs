@@ -48,7 +48,11 @@ enum Next {
 impl Agent {
     /// Works until it is asked to end.
     pub(super) fn work(&mut self) -> Result<End> {
-        self.log.info(format!("Agent {} takes jobs from {}", self.config.agent_id, self.config.job_queues.join(", ")));
+        self.log.info(format!(
+            "Agent {} takes jobs from {}",
+            self.config.agent_id,
+            self.config.job_queues.join(", ")
+        ));
         loop {
             if self.control.drains() {
                 self.log.info("Asked to end");
@@ -180,7 +184,8 @@ impl Agent {
             refused(self.client.advertise_queues(queues))?;
         }
         if let Some(images) = self.config.advertised_images.as_ref().filter(|images| !images.is_empty()) {
-            let images: BTreeMap<_, _> = images.iter().map(|(queue, images)| (queue.clone(), images.map())).collect();
+            let images: BTreeMap<_, _> =
+                images.iter().map(|(queue, images)| (queue.clone(), images.map())).collect();
             refused(self.client.advertise_images(&images))?;
         }
         self.duty.advertised = Some(Instant::now());
@@ -192,6 +197,11 @@ impl Agent {
     fn adopt(&mut self, data: &AgentData) -> Result<bool, Error> {
         if self.duty.after.is_some() || !is_id(&data.job_id) {
             return Ok(false);
+        }
+        if self.config.results_basedir.join(&data.job_id).exists() {
+            // It has ended, and its results wait.
+            self.duty.after = Some(After::default());
+            return Ok(true);
         }
         let place = Place::of(&self.config.execution_basedir, &data.job_id);
         let phase = Phase::ALL.into_iter().find(|phase| phase.name() == data.state);
@@ -253,7 +263,8 @@ impl Agent {
         if self.duty.advertised.is_some_and(|last| last.elapsed() > ADVERTISE) {
             self.advertise()?;
         }
-        let silent = data.updated_at.parse::<Timestamp>().ok().map(|last| Timestamp::now().duration_since(last));
+        let silent =
+            data.updated_at.parse::<Timestamp>().ok().map(|last| Timestamp::now().duration_since(last));
         if silent.is_some_and(|silent| silent >= HEARTBEAT.try_into().unwrap_or_default()) {
             let update = AgentUpdate::state(&*data.state, &*data.comment);
             self.client.update_agent(&self.config.agent_id, &update)?;
@@ -264,8 +275,10 @@ impl Agent {
     /// Queues that are for some clients only come before all others: they alone are asked then.
     fn queues<'a>(&'a self, data: &'a AgentData) -> Vec<&'a str> {
         let all = self.config.job_queues.iter().map(String::as_str);
-        let restricted: Vec<_> =
-            all.clone().filter(|queue| data.restricted_to.get(*queue).is_some_and(|owners| !owners.is_empty())).collect();
+        let restricted: Vec<_> = all
+            .clone()
+            .filter(|queue| data.restricted_to.get(*queue).is_some_and(|owners| !owners.is_empty()))
+            .collect();
         if restricted.is_empty() { all.collect() } else { restricted }
     }
 

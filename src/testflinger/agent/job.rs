@@ -8,7 +8,9 @@ use super::spool::{Post, now};
 use super::survivors::Mark;
 use super::{Agent, attachments, release, results};
 use crate::testflinger::client::Error;
-use crate::testflinger::wire::{AgentData, AgentUpdate, Event, Job, Log, Phase, ProvisionLog, ResultUpdate, job_state};
+use crate::testflinger::wire::{
+    AgentData, AgentUpdate, Event, Job, Log, Phase, ProvisionLog, ResultUpdate, job_state,
+};
 use anyhow::{Context, Result};
 use std::fs::{self, File};
 use std::sync::Arc;
@@ -156,8 +158,10 @@ impl<'a> Running<'a> {
     fn attach(&self) -> Result<()> {
         let archive = self.place.state.join("attachments.tar.gz");
         let fetched = self.agent.insist(|client| {
-            let mut file = File::create(&archive)
-                .map_err(|source| Error::Here { what: format!("cannot write {}", archive.display()), source })?;
+            let mut file = File::create(&archive).map_err(|source| Error::Here {
+                what: format!("cannot write {}", archive.display()),
+                source,
+            })?;
             client.fetch_attachments(self.job.id(), &mut file)
         });
         if fetched.context("The attachments could not be fetched")? {
@@ -275,7 +279,11 @@ impl<'a> Running<'a> {
         self.event("cleanup_start", "");
         let ended = self.run_phase(Phase::Cleanup)?;
         let name = if ended.code == 0 { "cleanup_success" } else { "cleanup_fail" };
-        let why = if ended.code == 0 { String::new() } else { describe_exception(&self.place.rundir, Phase::Cleanup) };
+        let why = if ended.code == 0 {
+            String::new()
+        } else {
+            describe_exception(&self.place.rundir, Phase::Cleanup)
+        };
         self.event(name, why);
         self.event("job_end", detail.unwrap_or_else(|| "normal_exit".into()));
         let left = Mark::Job(self.job.id().to_owned()).end();
@@ -286,7 +294,9 @@ impl<'a> Running<'a> {
         self.save();
         let delivered = self.outbox.finish(PATIENCE);
         if !delivered {
-            self.agent.log.warning(format!("Not all of job {} could be told; it is resent later", self.job.id()));
+            self.agent
+                .log
+                .warning(format!("Not all of job {} could be told; it is resent later", self.job.id()));
         }
         if let Err(error) = results::hand_in(self.agent, &self.place, &self.memo) {
             self.agent.log.error(format!("Job {}: {error:#}", self.job.id()));

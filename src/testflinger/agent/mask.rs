@@ -96,7 +96,10 @@ impl Mask {
         let Some(open) = open else { return text.len() };
         // A whole secret that reaches into the open end goes with it.
         let within = self.search.iter().flat_map(|search| search.find_iter(text));
-        within.map(|found| found.range()).find(|range| range.contains(&open)).map_or(open, |range| range.start)
+        within
+            .map(|found| found.range())
+            .find(|range| range.contains(&open))
+            .map_or(open, |range| range.start)
     }
 }
 

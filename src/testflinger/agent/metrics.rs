@@ -82,7 +82,8 @@ impl Metrics {
     /// Serves the page on `port` of all interfaces, as who scrapes it is elsewhere.
     pub(super) fn serve(&self, port: u16) -> Result<()> {
         let listener = TcpListener::bind(("0.0.0.0", port)).with_context(|| {
-            Fault::host(format!("cannot listen on port {port} for metrics")).fix("choose another one with `-p`")
+            Fault::host(format!("cannot listen on port {port} for metrics"))
+                .fix("choose another one with `-p`")
         })?;
         let metrics = self.clone();
         std::thread::Builder::new()
@@ -110,8 +111,11 @@ impl Metrics {
             }
             request.extend_from_slice(&chunk[..size]);
         }
-        let (status, page) =
-            if request.starts_with(b"GET ") { ("200 OK", self.page()) } else { ("405 Not Allowed", String::new()) };
+        let (status, page) = if request.starts_with(b"GET ") {
+            ("200 OK", self.page())
+        } else {
+            ("405 Not Allowed", String::new())
+        };
         let head = format!(
             "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n\
              Content-Length: {}\r\nConnection: close\r\n\r\n",
@@ -143,7 +147,8 @@ fn durations(page: &mut String, values: &BTreeMap<Labels, Histogram>) {
     for (labels, histogram) in values {
         for (bound, count) in BUCKETS.iter().zip(histogram.buckets) {
             let bound = format!("{bound}.0");
-            let _ = writeln!(page, "{name}_bucket{} {count}.0", labelled(&names, labels, Some(("le", &bound))));
+            let _ =
+                writeln!(page, "{name}_bucket{} {count}.0", labelled(&names, labels, Some(("le", &bound))));
         }
         let count = histogram.count;
         let _ = writeln!(page, "{name}_bucket{} {count}.0", labelled(&names, labels, Some(("le", "+Inf"))));
@@ -171,14 +176,32 @@ fn process(page: &mut String) {
     let open = fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
     let mut gauge = |name: &str, kind: &str, help: &str, value: String| {
-        let _ = write!(page, "# HELP process_{name} {help}\n# TYPE process_{name} {kind}\nprocess_{name} {value}\n");
+        let _ = write!(
+            page,
+            "# HELP process_{name} {help}\n# TYPE process_{name} {kind}\nprocess_{name} {value}\n"
+        );
     };
     gauge("virtual_memory_bytes", "gauge", "Virtual memory size in bytes.", format!("{:.1}", field(20)));
-    gauge("resident_memory_bytes", "gauge", "Resident memory size in bytes.", format!("{:.1}", field(21) * page_size));
+    gauge(
+        "resident_memory_bytes",
+        "gauge",
+        "Resident memory size in bytes.",
+        format!("{:.1}", field(21) * page_size),
+    );
     let start = boot + field(19) / ticks;
-    gauge("start_time_seconds", "gauge", "Start time of the process since unix epoch in seconds.", format!("{start:.2}"));
+    gauge(
+        "start_time_seconds",
+        "gauge",
+        "Start time of the process since unix epoch in seconds.",
+        format!("{start:.2}"),
+    );
     let cpu = (field(11) + field(12)) / ticks;
-    gauge("cpu_seconds_total", "counter", "Total user and system CPU time spent in seconds.", format!("{cpu:.2}"));
+    gauge(
+        "cpu_seconds_total",
+        "counter",
+        "Total user and system CPU time spent in seconds.",
+        format!("{cpu:.2}"),
+    );
     gauge("open_fds", "gauge", "Number of open file descriptors.", format!("{open}.0"));
     gauge("max_fds", "gauge", "Maximum number of open file descriptors.", format!("{limit}.0"));
 }

@@ -128,7 +128,13 @@ struct Agent {
 }
 
 impl Agent {
-    fn new(config: Config, path: &Path, options: &Options, control: &Control, metrics: &Metrics) -> Result<Self> {
+    fn new(
+        config: Config,
+        path: &Path,
+        options: &Options,
+        control: &Control,
+        metrics: &Metrics,
+    ) -> Result<Self> {
         for dir in [&config.logging_basedir, &config.results_basedir, &config.execution_basedir] {
             fs::create_dir_all(dir).with_context(|| {
                 files::cannot("make", dir).fix(format!("make it, or set another one in {}", path.display()))
@@ -155,7 +161,9 @@ impl Agent {
     /// Begins anew with what the configuration says now.
     fn reload(&mut self) -> Result<()> {
         let config = Config::read(&self.path)?;
-        if config.agent_id != self.config.agent_id || config.execution_basedir != self.config.execution_basedir {
+        if config.agent_id != self.config.agent_id
+            || config.execution_basedir != self.config.execution_basedir
+        {
             bail!(
                 Fault::host(format!("{} is another agent's now", self.path.display()))
                     .fix("restart the process instead")
@@ -172,7 +180,9 @@ impl Agent {
         let mut pause = Duration::from_millis(300);
         loop {
             match ask(&self.client) {
-                Err(error) if error.is_outage() && pause < Duration::from_secs(6) && !self.control.ends_now() => {
+                Err(error)
+                    if error.is_outage() && pause < Duration::from_secs(6) && !self.control.ends_now() =>
+                {
                     std::thread::sleep(pause);
                     pause *= 2;
                 }
@@ -193,8 +203,11 @@ fn lock(config: &Config) -> Result<File> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)
     };
     made().with_context(|| files::cannot("make", &dir))?;
-    let name: String =
-        config.agent_id.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' }).collect();
+    let name: String = config
+        .agent_id
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' })
+        .collect();
     let path = dir.join(format!("{name}.lock"));
     let file = files::lock_file(&path).with_context(|| files::cannot("open", &path))?;
     // An agent that is being replaced may need a moment to end.

@@ -212,6 +212,8 @@ struct Sender {
     last_glance: Instant,
     /// The webhook failed: only the last event is worth another try, and it carries them all.
     spare_webhook: bool,
+    /// How often the last event was refused.
+    refused: u32,
     /// It is not known whether the fragment that is to be sent has arrived already.
     ambiguous: bool,
 }
@@ -228,7 +230,7 @@ impl Sender {
     fn new(line: Line, shared: Arc<Shared>) -> Self {
         let ambiguous = shared.lock().spool.cursor.sending.is_some();
         let last_glance = Instant::now();
-        Self { line, shared, last_text: None, last_glance, spare_webhook: false, ambiguous }
+        Self { line, shared, last_text: None, last_glance, spare_webhook: false, refused: 0, ambiguous }
     }
 
     fn run(mut self) {
@@ -315,7 +317,8 @@ impl Sender {
         // The rest of a fragment that was being sent when we crashed keeps its bounds.
         let bound = state.spool.cursor.sending.as_ref().map(|(end, _)| *end).filter(|_| self.ambiguous);
         while bound.is_none_or(|bound| end < bound)
-            && let Some((Record::Text { log: l, phase: p, size, text: more, .. }, next)) = state.spool.read(end)?
+            && let Some((Record::Text { log: l, phase: p, size, text: more, .. }, next)) =
+                state.spool.read(end)?
             && (l, p) == (log, phase)
             && text.len() + size <= LARGEST
         {
@@ -373,7 +376,9 @@ impl Sender {
         let outage = outcome.err().filter(|error| error.is_outage());
         match (outage, state.outage) {
             (Some(error), false) => {
-                self.line.log.warning(format!("The server is not to be had, and is asked again: {}", chain(error)));
+                self.line
+                    .log
+                    .warning(format!("The server is not to be had, and is asked again: {}", chain(error)));
             }
             (None, true) => self.line.log.info("The server is back"),
             _ => {}
@@ -412,6 +417,10 @@ impl Sender {
                 match outcome {
                     // The answer is the webhook's: it may be down while the server is well.
                     Err(error @ Error::Refused { .. }) => {
+                        self.refused += u32::from(last);
+                        if matches!(error.status(), Some(502..=504)) && (1..3).contains(&self.refused) {
+                            return Err(error);
+                        }
                         self.spare_webhook = true;
                         self.line.log.warning(format!("The webhook did not take events: {}", chain(&error)));
                         Ok(())

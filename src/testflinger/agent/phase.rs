@@ -118,7 +118,9 @@ impl Running<'_> {
             return false;
         };
         for key in info.keys().filter(|key| *key != "device_info") {
-            self.agent.log.warning(format!("device-info.json has `{key}`, which no server takes: it is left out"));
+            self.agent
+                .log
+                .warning(format!("device-info.json has `{key}`, which no server takes: it is left out"));
         }
         let Some(info) = info.get("device_info") else { return false };
         let device_info = Some(info.clone());
@@ -143,7 +145,8 @@ impl Running<'_> {
         self.outbox.post(Post::Result(ResultUpdate::state(job_state::ALLOCATED)));
         self.outbox.settle();
         let (begun, limit) = (Instant::now(), self.allocation_limit());
-        let glance = self.agent.config.polling_interval().clamp(Duration::from_secs(1), Duration::from_secs(10));
+        let glance =
+            self.agent.config.polling_interval().clamp(Duration::from_secs(1), Duration::from_secs(10));
         self.outbox.watch(true);
         let over = loop {
             if self.agent.control.ends_now() {
@@ -154,9 +157,7 @@ impl Running<'_> {
             }
             let job = self.agent.client.job_state(self.job.id());
             let parent = self.job.parent().map(|parent| self.agent.client.job_state(parent));
-            let is_over = |state: &Result<Option<String>, _>| {
-                matches!(state, Ok(Some(state)) if job_state::is_final(state))
-            };
+            let is_over = |state: &Result<Option<String>, _>| matches!(state, Ok(Some(state)) if job_state::is_final(state));
             if is_over(&job) || parent.as_ref().is_some_and(is_over) {
                 break Ended { code: 0, cut: None };
             }

@@ -144,7 +144,8 @@ pub(super) fn check_room(basedir: &Path) -> Result<()> {
         file.flush()
     };
     check().with_context(|| {
-        Fault::host(format!("no job can run in {}", basedir.display())).fix("make room, or `chown` it to the agent's user")
+        Fault::host(format!("no job can run in {}", basedir.display()))
+            .fix("make room, or `chown` it to the agent's user")
     })
 }
 
@@ -255,7 +256,7 @@ mod tests {
         let memo = Memo { agent_id: "a1".into(), ended: true, ..Memo::default() };
         place.make(&job(), &memo).expect("makes");
         fs::write(place.rundir.join("file"), "kept").expect("writes");
-        assert_eq!(left_by(dir.path(), "a1"), [place.clone()]);
+        assert_eq!(left_by(dir.path(), "a1"), std::slice::from_ref(&place));
         assert_eq!(left_by(dir.path(), "a2"), []);
         let to = dir.path().join("results/j1");
         place.move_to(&to).expect("moves");

@@ -20,9 +20,8 @@ pub(super) fn measure(
 ) {
     let agent = running.agent;
     let (metrics, name) = (agent.metrics.clone(), agent.config.agent_id.clone());
-    let address = (phase == Phase::Provision && code == 0 && agent.is_measured)
-        .then(|| address(running))
-        .flatten();
+    let address =
+        (phase == Phase::Provision && code == 0 && agent.is_measured).then(|| address(running)).flatten();
     let Some(address) = address else { return record(&metrics, &name, UNKNOWN) };
     let user = running.job.test_username().unwrap_or("ubuntu").to_owned();
     let asked = std::thread::Builder::new().name("release".into()).stack_size(256 << 10).spawn(move || {
@@ -77,7 +76,9 @@ fn release(text: &str) -> Option<String> {
         return Some(format!("Core {version}"));
     }
     let full = value("VERSION").and_then(|text| text.split_whitespace().next().map(str::to_owned));
-    full.filter(|full| full.starts_with(&version) && !full.is_empty()).or(Some(version)).filter(|v| !v.is_empty())
+    full.filter(|full| full.starts_with(&version) && !full.is_empty())
+        .or(Some(version))
+        .filter(|v| !v.is_empty())
 }
 
 #[cfg(test)]

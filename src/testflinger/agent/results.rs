@@ -107,7 +107,9 @@ fn send(agent: &Agent, place: &Place, job: &Job, memo: Option<&Memo>) -> Result<
     let status = match memo {
         Some(memo) => memo.statuses.clone(),
         // Of the other agent, or of one of its jobs that had not one phase.
-        None => files::read_json::<Outcome>(&place.rundir.join(OUTCOME)).map(|outcome| outcome.status).unwrap_or_default(),
+        None => files::read_json::<Outcome>(&place.rundir.join(OUTCOME))
+            .map(|outcome| outcome.status)
+            .unwrap_or_default(),
     };
     let asked = agent.insist(|client| client.job_state(job.id())).map_err(|error| anyhow!(chain(&error)))?;
     let cancelled = memo.is_some_and(|memo| memo.cancelled) || asked.as_deref() == Some(job_state::CANCELLED);
@@ -126,7 +128,11 @@ fn say(agent: &Agent, place: &Place, job: &Job, more: Option<String>) -> Result<
     if let Some(text) = more {
         outbox.text(Log::Output, Phase::Cleanup, text);
     }
-    if outbox.finish(Duration::ZERO) { Ok(()) } else { Err(anyhow!("the server does not take the rest of its log")) }
+    if outbox.finish(Duration::ZERO) {
+        Ok(())
+    } else {
+        Err(anyhow!("the server does not take the rest of its log"))
+    }
 }
 
 /// The outer error may pass, the inner one may not.
@@ -158,7 +164,11 @@ fn send_artifacts(agent: &Agent, place: &Place, job: &Job) -> Result<Result<()>>
 
 fn quarantine(agent: &Agent, place: &Place, name: &str, why: &anyhow::Error) -> Result<()> {
     let to = agent.config.results_basedir.join(QUARANTINE).join(name);
-    agent.log.error(format!("{} cannot be sent and is kept in {}: {why:#}", place.rundir.display(), to.display()));
+    agent.log.error(format!(
+        "{} cannot be sent and is kept in {}: {why:#}",
+        place.rundir.display(),
+        to.display()
+    ));
     if place.state.starts_with(&place.rundir) { move_dir(&place.rundir, &to) } else { place.move_to(&to) }
 }
 
@@ -178,7 +188,6 @@ pub(super) fn adopt(agent: &Agent, place: &Place, phase: Option<Phase>) -> Resul
     let memo = Memo { agent_id: agent.config.agent_id.clone(), phase, statuses, ..Memo::default() };
     place.make_ours(&job, &memo)
 }
-
 
 /// Ends a job of ours of which nothing is left here.
 pub(super) fn tell_lost(agent: &Agent, job: &str, phase: Option<Phase>) -> Result<(), Error> {

@@ -217,9 +217,11 @@ mod tests {
     fn run_to_end(script: &str, test: &str, limits: &Limits) -> (Ended, String) {
         let mark = mark(test);
         let mut text = Vec::new();
-        let ended =
-            run(shell(script, &mark), &mark, limits, || None, |bytes| text.extend_from_slice(bytes));
-        assert!(ended.as_ref().is_ok_and(|ended| ended.cut.is_none()) || !mark.is_alive(), "something survived");
+        let ended = run(shell(script, &mark), &mark, limits, || None, |bytes| text.extend_from_slice(bytes));
+        assert!(
+            ended.as_ref().is_ok_and(|ended| ended.cut.is_none()) || !mark.is_alive(),
+            "something survived"
+        );
         (ended.expect("runs"), String::from_utf8(text).expect("UTF-8"))
     }
 
@@ -232,7 +234,8 @@ mod tests {
 
     #[test]
     fn all_output_is_read_and_both_streams_are_one() {
-        let (_, text) = run_to_end("echo a; echo b >&2; seq 100000; printf end", "output", &Limits::default());
+        let (_, text) =
+            run_to_end("echo a; echo b >&2; seq 100000; printf end", "output", &Limits::default());
         assert!(text.starts_with("a\nb\n1\n2\n") && text.ends_with("\n100000\nend"));
     }
 
@@ -243,13 +246,19 @@ mod tests {
         let file = dir.path().join("go");
         let script = format!("echo first; until [ -e {} ]; do sleep 0.01; done; echo last", file.display());
         let mut pieces = 0;
-        let ended = run(shell(&script, &mark), &mark, &Limits::default(), || None, |bytes| {
-            // It would never end if it were read at its end only.
-            if bytes == b"first\n" {
-                std::fs::write(&file, "").expect("writes");
-            }
-            pieces += 1;
-        });
+        let ended = run(
+            shell(&script, &mark),
+            &mark,
+            &Limits::default(),
+            || None,
+            |bytes| {
+                // It would never end if it were read at its end only.
+                if bytes == b"first\n" {
+                    std::fs::write(&file, "").expect("writes");
+                }
+                pieces += 1;
+            },
+        );
         assert_eq!((ended.expect("runs").code, pieces), (0, 2));
     }
 

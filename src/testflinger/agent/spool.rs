@@ -89,14 +89,19 @@ impl Spool {
     pub(super) fn open(dir: &Path) -> Result<Self> {
         let path = dir.join(RECORDS);
         let open = || -> io::Result<(File, u64)> {
-            let file = File::options().create(true).truncate(false).read(true).write(true).mode(0o600).open(&path)?;
+            let file = File::options()
+                .create(true)
+                .truncate(false)
+                .read(true)
+                .write(true)
+                .mode(0o600)
+                .open(&path)?;
             let length = file.metadata()?.len();
             Ok((file, length))
         };
         let (file, length) = open().with_context(|| files::cannot("open", &path))?;
         let cursor = dir.join(CURSOR);
-        let mut cursor: Cursor =
-            if cursor.exists() { files::read_json(&cursor)? } else { Cursor::default() };
+        let mut cursor: Cursor = if cursor.exists() { files::read_json(&cursor)? } else { Cursor::default() };
         if cursor.start > length {
             // The file was cut, and then came the crash.
             cursor.start = 0;
@@ -159,8 +164,10 @@ impl Spool {
         let mut chunk = [0; 512];
         let line = loop {
             let from = at + head.len() as u64;
-            let room = usize::try_from(self.length.saturating_sub(from)).unwrap_or(chunk.len()).min(chunk.len());
-            let size = self.file.read_at(&mut chunk[..room], from).with_context(|| files::cannot("read", &path))?;
+            let room =
+                usize::try_from(self.length.saturating_sub(from)).unwrap_or(chunk.len()).min(chunk.len());
+            let size =
+                self.file.read_at(&mut chunk[..room], from).with_context(|| files::cannot("read", &path))?;
             if size == 0 {
                 return Ok(None);
             }
@@ -286,7 +293,10 @@ mod tests {
         spool.append(text(&"x".repeat(MOST_IN_MEMORY)));
         let read = all(&mut spool);
         assert_eq!(read[..2], [text("on disk"), text("in memory")]);
-        assert!(matches!(&read[2..], [Record::Text { text, .. }] if text.contains("16777216 bytes")), "{read:?}");
+        assert!(
+            matches!(&read[2..], [Record::Text { text, .. }] if text.contains("16777216 bytes")),
+            "{read:?}"
+        );
         assert!(spool.ends_at(spool.length));
     }
 

@@ -33,10 +33,14 @@ impl Mark {
         };
         let value = |name: &str| format!("{name}=").into_bytes();
         match self {
-            Self::Phase(mark) => has(&|line| line.strip_prefix(&value(VARIABLE)[..]) == Some(mark.as_bytes())),
+            Self::Phase(mark) => {
+                has(&|line| line.strip_prefix(&value(VARIABLE)[..]) == Some(mark.as_bytes()))
+            }
             Self::Job(job) => has(&|line| {
                 let mark = line.strip_prefix(&value(VARIABLE)[..]);
-                mark.is_some_and(|mark| mark.strip_prefix(job.as_bytes()).is_some_and(|m| m.starts_with(b"/")))
+                mark.is_some_and(|mark| {
+                    mark.strip_prefix(job.as_bytes()).is_some_and(|m| m.starts_with(b"/"))
+                })
             }),
             Self::In(dir, agent) => {
                 fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd.starts_with(dir))
@@ -55,7 +59,8 @@ impl Mark {
         numbers
             .filter_map(|pid| {
                 let process = Path::new("/proc").join(pid.as_raw_nonzero().to_string());
-                let held = self.is_on(&process).then(|| pidfd_open(pid, PidfdFlags::empty()).ok()).flatten()?;
+                let held =
+                    self.is_on(&process).then(|| pidfd_open(pid, PidfdFlags::empty()).ok()).flatten()?;
                 // It may have become another between the look and the hold.
                 self.is_on(&process).then_some(held)
             })
@@ -105,7 +110,10 @@ mod tests {
         let job = format!("test-{}", std::process::id());
         let mut command = Command::new("/bin/sh");
         // Two processes: one that went its own way, one that does not mind SIGTERM.
-        command.args(["-c", "setsid sh -c 'sleep 1000 & wait' & setsid sh -c \"trap '' HUP; exec sleep 1000\" & wait"]);
+        command.args([
+            "-c",
+            "setsid sh -c 'sleep 1000 & wait' & setsid sh -c \"trap '' HUP; exec sleep 1000\" & wait",
+        ]);
         command.env(VARIABLE, format!("{job}/test")).stdout(Stdio::null());
         let child = process::spawn(command).expect("starts");
         let (job_mark, phase_mark) = (Mark::Job(job.clone()), Mark::Phase(format!("{job}/test")));

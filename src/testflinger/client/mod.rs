@@ -9,9 +9,7 @@ mod token;
 
 pub use token::TokenFile;
 
-use super::wire::{
-    AgentData, AgentUpdate, Event, Fragment, Job, Log, ProvisionLog, ResultUpdate, WrongJob,
-};
+use super::wire::{AgentData, AgentUpdate, Event, Fragment, Job, Log, ProvisionLog, ResultUpdate, WrongJob};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -257,7 +255,8 @@ impl Client {
         let path = format!("/v1/result/{}/log/{}?start_fragment={start}", escape(job), log.name());
         let Some(answer) = self.get_optional::<Value>(&path)? else { return Ok(None) };
         let phases = answer.get(log.name()).and_then(Value::as_object);
-        let numbers = phases.into_iter().flatten().filter_map(|(_, p)| p.get("last_fragment_number")?.as_u64());
+        let numbers =
+            phases.into_iter().flatten().filter_map(|(_, p)| p.get("last_fragment_number")?.as_u64());
         Ok(numbers.max().filter(|number| *number >= start))
     }
 
@@ -327,9 +326,12 @@ impl Client {
         if response.status() == StatusCode::NO_CONTENT {
             return Ok(None);
         }
-        let body = response.body_mut().with_config().limit(LARGEST_ANSWER).read_to_vec().map_err(|source| {
-            Error::Unreachable { url: self.url(path), source: Box::new(source) }
-        })?;
+        let body = response
+            .body_mut()
+            .with_config()
+            .limit(LARGEST_ANSWER)
+            .read_to_vec()
+            .map_err(|source| Error::Unreachable { url: self.url(path), source: Box::new(source) })?;
         serde_json::from_slice(&body).map(Some).map_err(|error| self.garbled(path, error))
     }
 
@@ -397,8 +399,10 @@ impl Client {
                 request.body(SendBody::from_owned_reader(io::Cursor::new(json.to_vec())))
             }
             Payload::File(file) => {
-                let form = body::Form::open(file)
-                    .map_err(|source| Error::Here { what: format!("cannot read {}", file.display()), source })?;
+                let form = body::Form::open(file).map_err(|source| Error::Here {
+                    what: format!("cannot read {}", file.display()),
+                    source,
+                })?;
                 request = request.header(header::CONTENT_TYPE, form.content_type());
                 request = request.header(header::CONTENT_LENGTH, form.len());
                 request.body(SendBody::from_owned_reader(form.into_reader()))

@@ -68,8 +68,11 @@ impl Token {
         match refresh(&refresh_token) {
             Ok(fresh) => {
                 let life = Duration::from_secs(fresh.expires_in.min(30 * 24 * 3600));
-                let token =
-                    Held { bearer: fresh.access_token.clone(), renew: now + life * 4 / 5, expires: now + life };
+                let token = Held {
+                    bearer: fresh.access_token.clone(),
+                    renew: now + life * 4 / 5,
+                    expires: now + life,
+                };
                 *held = Some(token);
                 Ok(Some(fresh.access_token))
             }
