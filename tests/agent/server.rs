@@ -304,8 +304,8 @@ impl Server {
             if answer.status == 204 {
                 head = head.replace("Content-Length: 0\r\n", "");
             }
-            stream.write_all(format!("{head}\r\n").as_bytes()).ok()?;
-            stream.write_all(&answer.body).ok()?;
+            // In one piece: the kernel would hold the second one back for 40 ms.
+            stream.write_all(&[format!("{head}\r\n").as_bytes(), &answer.body].concat()).ok()?;
         }
     }
 }
