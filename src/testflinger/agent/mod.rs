@@ -2,8 +2,8 @@
 //!
 //! A drop-in for the original: the same configuration, directories, files, phases, statuses and
 //! requests. Owns the life of a process with one agent or several, by a thread each: start, what is
-//! asked of it by signals, and what its exit status means. [`duty`] is what an agent does between jobs,
-//! [`job`] what it does in one.
+//! asked of it by signals, and what its exit status means. `duty` is what an agent does between jobs,
+//! `job` what it does in one.
 
 mod artifacts;
 mod attachments;
@@ -173,6 +173,11 @@ impl Agent {
         self.config = config;
         self.duty = duty::Duty::default();
         Ok(())
+    }
+
+    /// Asks once, or insists.
+    fn ask<T>(&self, insist: bool, mut ask: impl FnMut(&Client) -> Result<T, Error>) -> Result<T, Error> {
+        if insist { self.insist(ask) } else { ask(&self.client) }
     }
 
     /// Asks a few times, as long as there is only an outage: about ten seconds.

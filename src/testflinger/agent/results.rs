@@ -42,7 +42,7 @@ enum Sent {
 /// Sends what a job left, or lays it aside.
 pub(super) fn hand_in(agent: &Agent, place: &Place, memo: &Memo) -> Result<()> {
     let job = place.job()?;
-    match send(agent, place, &job, Some(memo)) {
+    match send(agent, place, &job, Some(memo), true) {
         Ok(Sent::All) => place.remove(),
         Ok(Sent::Partly(error)) => quarantine(agent, place, job.id(), &error),
         Err(error) => {
@@ -52,7 +52,7 @@ pub(super) fn hand_in(agent: &Agent, place: &Place, memo: &Memo) -> Result<()> {
     }
 }
 
-/// Sends what waits. Stops at the first sign of an outage.
+/// Sends what waits.
 pub(super) fn resend(agent: &Agent) -> Result<()> {
     let basedir = &agent.config.results_basedir;
     let mut dirs: Vec<_> = match fs::read_dir(basedir) {
@@ -79,25 +79,26 @@ pub(super) fn resend(agent: &Agent) -> Result<()> {
                 continue;
             }
         };
-        match send(agent, &place, &job, place.memo().ok().as_ref()) {
+        match send(agent, &place, &job, place.memo().ok().as_ref(), false) {
             Ok(Sent::All) => {
                 place.remove()?;
                 agent.log.info(format!("Sent the results of job {} that had waited", job.id()));
             }
             Ok(Sent::Partly(error)) => quarantine(agent, &place, &name, &error)?,
-            Err(error) => return Err(error),
+            // The others may fare better: the server may dislike just this one.
+            Err(error) => agent.log.debug(format!("The results of job {name} wait: {error:#}")),
         }
     }
     Ok(())
 }
 
 /// An error means that it may succeed later.
-fn send(agent: &Agent, place: &Place, job: &Job, memo: Option<&Memo>) -> Result<Sent> {
+fn send(agent: &Agent, place: &Place, job: &Job, memo: Option<&Memo>, insist: bool) -> Result<Sent> {
     let mut partly = None;
     if place.state.exists() {
         say(agent, place, job, None)?;
     }
-    if let Err(error) = send_artifacts(agent, place, job)? {
+    if let Err(error) = send_artifacts(agent, place, job, insist)? {
         agent.log.error(format!("Job {}: {error:#}", job.id()));
         if place.state.exists() {
             say(agent, place, job, Some(format!("\nERROR: {error:#}\n")))?;
@@ -111,11 +112,18 @@ fn send(agent: &Agent, place: &Place, job: &Job, memo: Option<&Memo>) -> Result<
             .map(|outcome| outcome.status)
             .unwrap_or_default(),
     };
-    let asked = agent.insist(|client| client.job_state(job.id())).map_err(|error| anyhow!(chain(&error)))?;
+    let asked = match agent.ask(insist, |client| client.job_state(job.id())) {
+        Err(error) if error.is_outage() => return Err(anyhow!(chain(&error))),
+        other => other.ok().flatten(),
+    };
     let cancelled = memo.is_some_and(|memo| memo.cancelled) || asked.as_deref() == Some(job_state::CANCELLED);
     let state = if cancelled { job_state::CANCELLED } else { job_state::COMPLETE };
-    let update = ResultUpdate { status: Some(status), job_state: Some(state.into()), device_info: None };
-    match agent.insist(|client| client.update_result(job.id(), &update)) {
+    let update = ResultUpdate {
+        status: Some(status).filter(|status| !status.is_empty()),
+        job_state: Some(state.into()),
+        device_info: None,
+    };
+    match agent.ask(insist, |client| client.update_result(job.id(), &update)) {
         Ok(()) => Ok(partly.map_or(Sent::All, Sent::Partly)),
         Err(error) if error.is_outage() => Err(anyhow!(chain(&error))),
         Err(error) => Ok(Sent::Partly(anyhow!(chain(&error)))),
@@ -136,7 +144,7 @@ fn say(agent: &Agent, place: &Place, job: &Job, more: Option<String>) -> Result<
 }
 
 /// The outer error may pass, the inner one may not.
-fn send_artifacts(agent: &Agent, place: &Place, job: &Job) -> Result<Result<()>> {
+fn send_artifacts(agent: &Agent, place: &Place, job: &Job, insist: bool) -> Result<Result<()>> {
     if !artifacts::are_in(&place.rundir) {
         return Ok(Ok(()));
     }
@@ -149,7 +157,7 @@ fn send_artifacts(agent: &Agent, place: &Place, job: &Job) -> Result<Result<()>>
         let error = error.context("The artifacts could not be packed");
         return if full { Err(error) } else { Ok(Err(error)) };
     }
-    let sent = agent.insist(|client| client.send_artifacts(job.id(), &archive));
+    let sent = agent.ask(insist, |client| client.send_artifacts(job.id(), &archive));
     let _ = fs::remove_file(&archive);
     match sent {
         Ok(()) => {
