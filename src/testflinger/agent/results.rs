@@ -60,7 +60,11 @@ pub(super) fn resend(agent: &Agent) -> Result<()> {
         Err(_) => return Ok(()),
     };
     dirs.sort_by_key(fs::DirEntry::file_name);
-    for dir in dirs.iter().filter(|dir| dir.file_name() != QUARANTINE) {
+    // A part is what is being copied here, or was when its agent died: the whole is elsewhere.
+    let is_whole = |dir: &&fs::DirEntry| {
+        dir.file_name() != QUARANTINE && dir.path().extension() != Some("part".as_ref())
+    };
+    for dir in dirs.iter().filter(is_whole) {
         let place = Place::waiting(&dir.path());
         let name = dir.file_name().to_string_lossy().into_owned();
         if place.memo().is_ok_and(|memo| memo.agent_id != agent.config.agent_id) {
