@@ -30,6 +30,7 @@
 //! | --- | --- |
 //! | `cli` (of the command, not of the library) | one thin file per subcommand of `shakedown` |
 //! | [`harness`] | registry, markers, deadlines and outcomes of scenarios, and how many machines run at once |
+//! | `testflinger` (a feature) | Testflinger: its wire protocol, the client, the agent |
 //! | [`vm`] | QEMU: accelerator, command line, QMP, the life of a machine, templates and forks |
 //! | [`image`] | what is booted: recipes, prebuilt files, the content-addressed store |
 //! | [`console`] | the serial console: transcript, login, commands |
@@ -49,7 +50,8 @@
 //!
 //! # Features
 //!
-//! `cli`, on by default, is the `shakedown` command. A project that brings scenarios needs none:
+//! `cli`, on by default, is the `shakedown` command; `testflinger`, which it brings, is what the
+//! command and other agents and clients of Testflinger stand on. A project that brings scenarios needs none:
 //! `default-features = false`.
 
 pub mod connection;
@@ -64,6 +66,8 @@ pub mod nearest;
 pub mod process;
 pub mod record;
 pub mod storage;
+#[cfg(feature = "testflinger")]
+pub mod testflinger;
 pub mod vm;
 
 /// What the author of a scenario needs: `use shakedown::prelude::*;`

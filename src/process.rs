@@ -192,6 +192,21 @@ impl Child {
         Ok(self.status)
     }
 
+    /// As [`Self::try_wait`], but what the child left in its group is let alone: for a shell whose
+    /// background processes are meant to stay.
+    ///
+    /// # Errors
+    /// When the system cannot tell.
+    pub fn try_wait_alone(&mut self) -> Result<Option<ExitStatus>> {
+        if self.status.is_none() && wait_readable(&self.pidfd, Duration::ZERO)? {
+            let mut groups = lock(&GROUPS);
+            groups.retain(|group| *group != self.pid);
+            drop(groups);
+            self.status = self.inner.wait().ok();
+        }
+        Ok(self.status)
+    }
+
     /// Waits until it ended or the deadline passed; it is left running in the latter case.
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! `shakedown bench`: where every claim about speed is measured.
 
+mod agent;
+
 use super::Verdict;
 use super::residue::Residue;
 use super::terminal;
@@ -52,6 +54,11 @@ enum What {
     },
     /// All storage layouts, cleaned in all ways and looked at on all levels
     Residue(Residue),
+    /// What a Testflinger agent costs: memory, start, a job without work, and 100 MB of output
+    Agent {
+        #[command(flatten)]
+        options: Options,
+    },
     /// Listing 1,000 scenarios, from the start of the process to its end
     List {
         #[command(flatten)]
@@ -84,6 +91,7 @@ impl Bench {
             What::Suite { options } => ("suite", options, 1, suite),
             What::Image { options } => ("image", options, 1, image),
             What::Residue(residue) => return residue.run(),
+            What::Agent { options } => ("agent", options, 3, agent::measure),
             What::List { only: true, .. } => {
                 harness::bench_list(1000, Path::new("/dev/null"))?;
                 return Ok(Verdict::Fine);
@@ -92,7 +100,13 @@ impl Bench {
         };
         let runs = options.runs.unwrap_or(usual);
         let samples = measure(runs)?;
-        let accelerator = accel::detect(&Deadline::after(Duration::from_secs(60), "the probe"))?;
+        // An agent has no machine of ours.
+        let accelerator = match name {
+            "agent" => None,
+            _ => {
+                Some(accel::detect(&Deadline::after(Duration::from_secs(60), "the probe"))?.kind.to_string())
+            }
+        };
         let mut result = Map::new();
         result.insert("bench".into(), name.into());
         result.insert("schema_version".into(), 1.into());
@@ -109,7 +123,9 @@ impl Bench {
         }
         result.insert("runs".into(), runs.into());
         result.insert("samples".into(), samples.iter().map(|(f, s)| ((*f).to_owned(), rounded(s))).collect());
-        result.insert("accelerator".into(), accelerator.kind.to_string().into());
+        if let Some(accelerator) = &accelerator {
+            result.insert("accelerator".into(), accelerator.clone().into());
+        }
         result.insert("load_average".into(), json!(load));
         result.insert("cpus".into(), std::thread::available_parallelism().map_or(1, usize::from).into());
         result.insert("version".into(), env!("CARGO_PKG_VERSION").into());
@@ -123,7 +139,8 @@ impl Bench {
                     seconds.len()
                 ))?;
             }
-            terminal::print(&format!("accelerator {}, load average {:.2}\n", accelerator.kind, load[0]))?;
+            let accelerator = accelerator.map_or_else(String::new, |kind| format!("accelerator {kind}, "));
+            terminal::print(&format!("{accelerator}load average {:.2}\n", load[0]))?;
         }
         Ok(Verdict::Fine)
     }

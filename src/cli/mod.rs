@@ -3,6 +3,7 @@
 //! Each subcommand is a thin file here over the library. Standard output carries the answer and
 //! nothing else; progress, questions and errors go to standard error.
 
+mod agent;
 mod bench;
 mod demo;
 mod doctor;
@@ -45,6 +46,7 @@ enum Command {
     Vm(vm::Vm),
     Plan(plan::Plan),
     Ledger(ledger::Ledger),
+    Agent(agent::Agent),
     Bench(bench::Bench),
 }
 
@@ -97,12 +99,21 @@ enum Verdict {
 
 /// Reads the command line, does it, and says how it went.
 pub(crate) fn main() -> ExitCode {
+    // The name under which supervisors of Testflinger start an agent.
+    if agent::is_meant() {
+        return ExitCode::from(agent::main());
+    }
     let Cli { command } = Cli::parse();
     let otherwise = match &command {
         Command::Vm(vm) => vm.error_status(),
         _ => 1,
     };
-    let result = process::handle_signals().and_then(|()| match command {
+    let signals = match &command {
+        // To it, the first signal says to end after the job.
+        Command::Agent(_) => Ok(()),
+        _ => process::handle_signals(),
+    };
+    let result = signals.and_then(|()| match command {
         Command::Demo(demo) => demo.run(),
         Command::Doctor(doctor) => doctor.run(),
         Command::Image(image) => image.run(),
@@ -111,6 +122,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Plan(plan) => plan.run(),
         Command::Ledger(ledger) => ledger.run(),
         Command::Bench(bench) => bench.run(),
+        Command::Agent(agent) => Ok(Verdict::Status(agent.run())),
     });
     match result {
         Ok(Verdict::Fine) => ExitCode::SUCCESS,

@@ -1,0 +1,10 @@
+//! The agent against a server of our own: recorded jobs, its promises, and everything that can go wrong.
+
+mod server;
+mod support;
+
+mod duty;
+mod faults;
+mod jobs;
+mod results;
+mod traces;
