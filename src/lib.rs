@@ -29,8 +29,9 @@
 //! | module | owns |
 //! | --- | --- |
 //! | `cli` (of the command, not of the library) | one thin file per subcommand of `shakedown` |
-//! | [`harness`] | registry, markers, deadlines and outcomes of scenarios, and how many machines run at once |
+//! | [`harness`] | registry, markers, deadlines and outcomes of scenarios, how long a run may take and how many machines run at once |
 //! | `testflinger` (a feature) | Testflinger: its wire protocol, the client, the agent |
+//! | [`storage`] | RAID and LVM layouts, cleanup plans, and the proof that nothing is left |
 //! | [`vm`] | QEMU: accelerator, command line, QMP, the life of a machine, templates and forks |
 //! | [`image`] | what is booted: recipes, prebuilt files, the content-addressed store |
 //! | [`console`] | the serial console: transcript, login, commands |

@@ -38,6 +38,7 @@ mod session;
 mod settings;
 pub mod slots;
 mod stage;
+mod tally;
 mod trial;
 mod verdict;
 
@@ -60,12 +61,12 @@ use libtest_mimic::{Arguments, Completion, Trial};
 use marker::Selection;
 use session::{Owed, Session};
 use stage::Run;
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+use tally::Tally;
 use verdict::Verdict;
 
 /// The package whose scenarios these are. [`main!`](crate::main) knows it.
@@ -334,37 +335,4 @@ fn trial(
 
 fn under_nextest() -> bool {
     std::env::var_os("NEXTEST").is_some()
-}
-
-/// Outcomes by number: libtest-mimic knows only one way to fail.
-#[derive(Default)]
-struct Tally(Mutex<BTreeMap<Outcome, usize>>);
-
-impl Tally {
-    fn count(&self, outcome: Outcome) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(outcome).or_default() += 1;
-    }
-
-    /// The last line of a run, for standard error. Nextest has its own.
-    fn summary(&self, run: &Run, not_selected: usize, selection: Option<&Selection>) -> Option<String> {
-        if under_nextest() {
-            return None;
-        }
-        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut parts: Vec<_> = counts
-            .iter()
-            .map(|(outcome, number)| match outcome {
-                Outcome::Deferred => format!("{number} deferred (run them with --deferred)"),
-                _ => format!("{number} {outcome}"),
-            })
-            .collect();
-        if let Some(selection) = selection {
-            parts.push(format!("{not_selected} not selected by {}", selection.origin()));
-        }
-        if parts.is_empty() {
-            parts.push("nothing ran".into());
-        }
-        let evidence = run.evidence().map(|path| format!("; evidence in {}", trial::shown(path).display()));
-        Some(format!("scenarios: {}{}", parts.join(", "), evidence.unwrap_or_default()))
-    }
 }

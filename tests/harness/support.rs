@@ -67,7 +67,9 @@ impl Place {
 
     /// With the user's own cache, in which images and templates need not be made anew.
     pub(crate) fn with_images() -> Self {
-        Self { own_cache: false, ..Self::new() }
+        let mut place = Self::new();
+        place.own_cache = false;
+        place
     }
 
     /// A cache of its own with the images of the user's.
@@ -174,6 +176,15 @@ impl Place {
             };
             assert!(left.is_empty(), "left behind: {left:?}");
         }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // What nix has built is read-only, and then only root could remove it.
+        let mut command = Command::new("chmod");
+        command.args(["-R", "u+w"]).arg(self.path("nix")).stderr(Stdio::null());
+        let _ = command.status();
     }
 }
 

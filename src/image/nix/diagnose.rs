@@ -43,6 +43,12 @@ const KNOWN: &[Known] = &[
         "git does not have the flake, and nix sees only what git has",
         "`git add` its files, or write `flake = \"path:DIRECTORY\"`",
     ),
+    // Older ones only miss the file in their copy of what git has.
+    Known(
+        &["getting status of", "-source/", "No such file or directory"],
+        "git does not have the flake, and nix sees only what git has",
+        "`git add` its files, or write `flake = \"path:DIRECTORY\"`",
+    ),
     Known(
         &["does not provide attribute"],
         "the flake has no such image",
@@ -140,6 +146,10 @@ mod tests {
                 "cannot reach",
             ),
             ("error: unable to download 'https://example.org/x': HTTP error 404", "cannot fetch"),
+            (
+                "error: getting status of '/nix/store/0ccnxa25whszw7mgbgyzdm4nqc0zwnm8-source/n': No such file or directory",
+                "git does not have the flake",
+            ),
             ("error: path '/x/flake.nix' is not tracked by Git", "git does not have the flake"),
         ] {
             let text = explained(said);
