@@ -30,6 +30,7 @@
 //! | --- | --- |
 //! | `cli` (of the command, not of the library) | one thin file per subcommand of `shakedown` |
 //! | [`harness`] | registry, markers, deadlines and outcomes of scenarios, and how many machines run at once |
+//! | [`storage`] | layouts of RAID, LVM and the like, plans that make and remove them, the proof that nothing is left |
 //! | [`vm`] | QEMU: accelerator, command line, QMP, the life of a machine, templates and forks |
 //! | [`image`] | what is booted: recipes, prebuilt files, the content-addressed store |
 //! | [`console`] | the serial console: transcript, login, commands |
