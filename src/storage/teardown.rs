@@ -62,11 +62,15 @@ const ZERO_SUPERBLOCK: Act =
     Act("zero_superblock", "zero the md superblock of", r#"mdadm --zero-superblock --force "$1""#);
 const WIPE: Act = Act("wipe", "wipe the signatures of", r#"wipefs -q -a -f "$1""#);
 /// Whoever opens the node of an array that was stopped makes an empty one, and udev looks at what was
-/// just written to: it must have done so before.
+/// just written to: it must have done so before. It would also put a member that is let go of into the
+/// array again: so the superblocks go at once.
 const STOP_MD: Act = Act(
     "stop_md",
     "stop the array",
-    r#"! command -v udevadm >/dev/null || udevadm settle; mdadm --quiet --stop "$1""#,
+    r#"members=$(for slave in /sys/class/block/"$(basename "$1")"/slaves/*; do echo "/dev/${slave##*/}"; done)
+    ! command -v udevadm >/dev/null || udevadm settle
+    mdadm --quiet --stop "$1" || return
+    mdadm --zero-superblock --force $members"#,
 );
 const CLOSE: Act = Act("close", "close", r#"dmsetup remove --retry "$1""#);
 const STOP_BCACHE: Act = Act(
