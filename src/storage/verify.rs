@@ -167,7 +167,10 @@ pub(super) fn resurrect(layout: &Layout, disks: &[String]) -> Vec<Step> {
                     let dev = names.dev(on);
                     steps.push(Step::look(
                         format!("what is on {dev}"),
-                        format!("if [ -b {dev} ]; then blkid -p {dev} || :; {}; fi", sentinel(layer, &dev)),
+                        format!(
+                            "if [ -b {dev} ]; then wipefs -n --noheadings {dev}; {}; fi",
+                            sentinel(layer, &dev)
+                        ),
                     ));
                 }
             }
