@@ -100,7 +100,7 @@ impl Graph {
     ///
     /// # Errors
     /// A host [`Fault`] when that is not what these programs print.
-    pub fn read(texts: [&str; 4]) -> Result<Self> {
+    pub(super) fn read(texts: [&str; 4]) -> Result<Self> {
         let [lsblk, contents, pvs, lvs] = texts;
         let odd = |program: &str| Fault::host(format!("{program} printed no JSON of its kind"));
         let lsblk: Lsblk = serde_json::from_str(lsblk).with_context(|| odd("lsblk"))?;
