@@ -38,7 +38,7 @@ pub const IMAGE_VARIABLE: &str = "SHAKEDOWN_IMAGE";
 /// The images that every project has unless it gives their names another meaning; the first is the
 /// default.
 pub const BUILT_IN: [&str; 2] = ["debian", STORAGE];
-/// The built-in image with the tools of [`crate::storage`](crate): LUKS, XFS, btrfs, bcache, thin pools.
+/// The built-in image with the tools of [`crate::storage`]: LUKS, XFS, btrfs, bcache, thin pools.
 pub const STORAGE: &str = "storage";
 /// Root, its tar, its squashfs, the packages and the ISO, all at once for a moment.
 const BUILD_BYTES: u64 = 1600 << 20;

@@ -50,7 +50,7 @@ pub(super) struct Debian {
 }
 
 impl Debian {
-    /// The built-in image `storage`: all that [`crate::storage`](crate) makes layouts with, and the cleaner.
+    /// The built-in image `storage`: all that [`crate::storage`] makes layouts with, and the cleaner.
     pub(super) fn storage() -> Self {
         let packages = include_str!("../../fixtures/image/storage/packages").lines();
         let packages = packages.filter(|line| !line.starts_with('#'));

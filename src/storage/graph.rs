@@ -100,7 +100,7 @@ impl Graph {
     ///
     /// # Errors
     /// A host [`Fault`] when that is not what these programs print.
-    pub fn read(texts: [&str; 4]) -> Result<Self> {
+    pub(super) fn read(texts: [&str; 4]) -> Result<Self> {
         let [lsblk, contents, pvs, lvs] = texts;
         let odd = |program: &str| Fault::host(format!("{program} printed no JSON of its kind"));
         let lsblk: Lsblk = serde_json::from_str(lsblk).with_context(|| odd("lsblk"))?;
@@ -306,10 +306,10 @@ mod tests {
                 "stop the array /dev/md127",
                 "zero the md superblock of /dev/vdb",
                 "wipe the signatures of /dev/vdb",
-                "have the kernel read the partitions of /dev/vdb",
+                "have kernel and udev look again at /dev/vdb",
                 "zero the md superblock of /dev/vdc",
                 "wipe the signatures of /dev/vdc",
-                "have the kernel read the partitions of /dev/vdc",
+                "have kernel and udev look again at /dev/vdc",
                 "discard all of /dev/vdb",
                 "discard all of /dev/vdc",
                 "let udev finish",

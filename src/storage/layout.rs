@@ -119,10 +119,19 @@ impl Layout {
         self.layers.iter().filter_map(Layer::program).collect()
     }
 
-    /// Something that says what it is stands on an array. Whoever stops the array before they take
-    /// that away leaves it behind for the next array of the same geometry.
-    pub fn has_signature_on_array(&self) -> bool {
-        self.layers.iter().flat_map(Layer::on).any(|dev| matches!(dev, Dev::Md(_)))
+    /// Something stands on an array where no look at the array's members sees it. Whoever stops the
+    /// array before they take that away leaves it behind for the next array of the same geometry.
+    ///
+    /// Superblocks 0.90 and 1.0 are at a member's end, so that the data begins where the member does.
+    pub fn hides_behind_array(&self) -> bool {
+        let hides = |layer: &Layer| match layer {
+            Layer::Md(array) if array.metadata != "0.90" && array.metadata != "1.0" => {
+                Some(Dev::Md(array.number))
+            }
+            _ => None,
+        };
+        let arrays: Vec<_> = self.layers.iter().filter_map(hides).collect();
+        self.layers.iter().flat_map(Layer::on).any(|dev| arrays.contains(&dev))
     }
 }
 

@@ -79,7 +79,7 @@ pub(super) fn array(array: &Array, names: Names<'_>) -> String {
     let spare = spare.map(|dev| format!(" --spare-devices=1 {}", names.dev(dev))).unwrap_or_default();
     let chunk = if *level == "1" { "" } else { " --chunk=64" };
     format!(
-        "mdadm --create {} --run --force --assume-clean --homehost=any --bitmap=none --level={level} --metadata={metadata}{chunk} \
+        "mdadm --create {} --run --force --assume-clean --homehost=any --level={level} --metadata={metadata}{chunk} \
          --raid-devices={count} {devs}{}",
         names.dev(Dev::Md(*number)),
         // Spares come last on the command line.

@@ -38,16 +38,20 @@ tear() {
 }
 
 act() {
-    dev=/dev/$1 sys=/sys/class/block/$1
-    number=$(cat "$sys/dev")
-    if grep -q " $number " /proc/self/mountinfo || grep -q "^$dev " /proc/self/mounts; then try do_unmount "$dev"; fi
-    mapped=$(cat "$sys/dm/name" 2>/dev/null) && mapped=/dev/mapper/$mapped
-    if grep -q -e "^$dev " -e "^${mapped:-$dev} " /proc/swaps; then try do_swapoff "$dev"; fi
-    uuid=$(cat "$sys/dm/uuid" 2>/dev/null)
+    # By what the shell has in it where it can: starting programs is what takes time here.
+    dev=/dev/$1 sys=/sys/class/block/$1 mapped=$dev uuid=
+    read -r number <"$sys/dev"
+    if [ -e "$sys/dm/uuid" ]; then
+        read -r mapped <"$sys/dm/name" && mapped=/dev/mapper/$mapped
+        read -r uuid <"$sys/dm/uuid"
+    fi
     case $uuid in
         # What is below a volume is LVM's own, and goes with the group.
         LVM-*) set -- "$sys"/holders/* && [ -e "$1" ] && return 0 ;;
     esac
+    # Btrfs is mounted by a number of its own.
+    if grep -q -e " $number " -e "^$dev " /proc/self/mountinfo /proc/self/mounts; then try do_unmount "$dev"; fi
+    if grep -q -e "^$dev " -e "^$mapped " /proc/swaps; then try do_swapoff "$dev"; fi
     case $(blkid -p -o value -s TYPE "$dev" 2>/dev/null) in
         LVM2_member)
             group=$(pvs --noheadings -o vg_name "$dev" 2>/dev/null | tr -d ' ')
@@ -82,7 +86,7 @@ for disk; do
 done
 for disk; do
     disk=$(readlink -f "$disk")
-    try do_forget_partitions "$disk"
+    try do_forget "$disk"
     case $action in
         discard) try do_discard "$disk" ;;
         overwrite) try do_overwrite "$disk" ;;

@@ -61,7 +61,17 @@ const ERASE_KEYS: Act = Act("erase_keys", "erase the keys of", r#"cryptsetup era
 const ZERO_SUPERBLOCK: Act =
     Act("zero_superblock", "zero the md superblock of", r#"mdadm --zero-superblock --force "$1""#);
 const WIPE: Act = Act("wipe", "wipe the signatures of", r#"wipefs -q -a -f "$1""#);
-const STOP_MD: Act = Act("stop_md", "stop the array", r#"mdadm --quiet --stop "$1""#);
+/// Whoever opens the node of an array that was stopped makes an empty one, and udev looks at what was
+/// just written to: it must have done so before. It would also put a member that is let go of into the
+/// array again: so the superblocks go at once.
+const STOP_MD: Act = Act(
+    "stop_md",
+    "stop the array",
+    r#"members=$(for slave in /sys/class/block/"$(basename "$1")"/slaves/*; do echo "/dev/${slave##*/}"; done)
+    ! command -v udevadm >/dev/null || udevadm settle
+    mdadm --quiet --stop "$1" || return
+    mdadm --zero-superblock --force $members"#,
+);
 const CLOSE: Act = Act("close", "close", r#"dmsetup remove --retry "$1""#);
 const STOP_BCACHE: Act = Act(
     "stop_bcache",
@@ -77,10 +87,10 @@ const STOP_BCACHE: Act = Act(
         sleep 0.1
     done"#,
 );
-const FORGET_PARTITIONS: Act = Act(
-    "forget_partitions",
-    "have the kernel read the partitions of",
-    r#"! lsblk -nro TYPE "$1" | grep -q part || blockdev --rereadpt "$1""#,
+const FORGET: Act = Act(
+    "forget",
+    "have kernel and udev look again at",
+    r#"! lsblk -nro TYPE "$1" | grep -q part || blockdev --rereadpt "$1"; echo change >"/sys/class/block/$(basename "$1")/uevent" || :"#,
 );
 const DISCARD: Act = Act("discard", "discard all of", r#"blkdiscard -f "$1""#);
 const OVERWRITE: Act = Act(
@@ -100,7 +110,7 @@ const ACTS: [&Act; 13] = [
     &STOP_MD,
     &CLOSE,
     &STOP_BCACHE,
-    &FORGET_PARTITIONS,
+    &FORGET,
     &DISCARD,
     &OVERWRITE,
 ];
@@ -137,7 +147,7 @@ fn kind_acts(kind: Kind) -> &'static [&'static Act] {
         // Volumes go with their group.
         Kind::Volume | Kind::Partition => &[],
         Kind::Group => &[&REMOVE_VG],
-        Kind::Disk => &[&FORGET_PARTITIONS],
+        Kind::Disk => &[&FORGET],
     }
 }
 

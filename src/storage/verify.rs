@@ -50,8 +50,12 @@ pub(super) fn gone(layout: &Layout, disks: &[String]) -> Vec<Step> {
         Step::look("signatures that wipefs finds", format!("wipefs -n --noheadings {all}")),
         Step::look(
             "what udev remembers",
+            // It may still be about to look at what was just written.
             format!(
-                "for dev in {all}; do ! command -v udevadm >/dev/null || udevadm info --query=property --name=$dev; done | grep -E '^ID_(FS|PART_TABLE)_TYPE='"
+                "for try in 1 2 3 4 5 6 7 8 9 10; do\n\
+                 seen=$(for dev in {all}; do ! command -v udevadm >/dev/null || udevadm info --query=property --name=$dev; done |\n\
+                 grep -E '^ID_(FS|PART_TABLE)_TYPE=') && sleep 0.2 || break\n\
+                 {SETTLE}; done; [ -z \"$seen\" ] || echo $seen"
             ),
         ),
         Step::look(
@@ -67,7 +71,10 @@ pub(super) fn gone(layout: &Layout, disks: &[String]) -> Vec<Step> {
     for layer in layout.layers {
         match layer {
             Layer::Md(array) => {
-                names.push(format!("/dev/md{}", array.number));
+                let md = format!("md{}", array.number);
+                // A node alone is no array: opening it makes an empty one.
+                let state = format!("cat /sys/class/block/{md}/md/array_state 2>/dev/null | grep -vx clear");
+                steps.push(Step::look(format!("the array /dev/{md}"), state));
             }
             Layer::Vg { name, .. } => {
                 names.push(format!("/dev/{name}"));
@@ -160,7 +167,10 @@ pub(super) fn resurrect(layout: &Layout, disks: &[String]) -> Vec<Step> {
                     let dev = names.dev(on);
                     steps.push(Step::look(
                         format!("what is on {dev}"),
-                        format!("if [ -b {dev} ]; then blkid -p {dev} || :; {}; fi", sentinel(layer, &dev)),
+                        format!(
+                            "if [ -b {dev} ]; then wipefs -n --noheadings {dev}; {}; fi",
+                            sentinel(layer, &dev)
+                        ),
                     ));
                 }
             }
@@ -223,7 +233,7 @@ fn put_away(layout: &Layout, disks: usize, undo: &[String]) -> String {
         let (file, mapped) = (copy_file(layout, number), copy_mapped(layout, number));
         text += &format!(
             "[ -z \"${{copy{number}-}}\" ] || losetup -d $copy{number}\n\
-             [ ! -e /dev/mapper/{mapped} ] || dmsetup remove --retry {mapped}\n\
+             [ ! -e /dev/mapper/{mapped} ] || {{ {SETTLE}; dmsetup remove --retry {mapped}; }}\n\
              [ -z \"${{changes{number}-}}\" ] || losetup -d $changes{number}\n\
              rm -f {file}\n"
         );

@@ -38,7 +38,7 @@ fn all_pass(cases: &[Case], count: usize) -> Result<()> {
 /// The faulty cleaner must fail where something stands on an array, at one level, and nowhere else.
 fn caught(cases: &[Case]) -> Result<()> {
     for Case { layout, action, verdict } in cases {
-        let at_fault = layout_named(layout)?.has_signature_on_array()
+        let at_fault = layout_named(layout)?.hides_behind_array()
             && *action == Action::WipeSignatures
             && verdict.level == Level::NotResurrectable;
         let expected = if at_fault { Outcome::Failed } else { Outcome::Passed };
@@ -58,7 +58,7 @@ fn our_cleaner_leaves_nothing(vm: &mut Vm) -> Result<()> {
 #[scenario(markers = [vm], image = "storage", memory = "512M", timeout = "15m",
     disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "80M"])]
 fn an_array_stopped_too_early_is_seen(vm: &mut Vm) -> Result<()> {
-    let layouts = named(&[CANONICAL, "raid0-ext4", "lvm-linear"])?;
+    let layouts = named(&[CANONICAL, "raid0-ext4", "raid1-10-ext4", "lvm-linear"])?;
     let cases = run(vm, &layouts, &[Action::WipeSignatures], &faulty())?;
     caught(&cases)?;
     let seen = cases.iter().find(|case| case.verdict.outcome == Outcome::Failed).context("none failed")?;
