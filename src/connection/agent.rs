@@ -203,7 +203,7 @@ impl Connection for Agent {
             return Err(broken("a command printed too much", why));
         }
         if with_prelude.len() > line.len() && status.exitcode == Some(125) {
-            let words = status.err_data.as_ref().map(|data| &**data).unwrap_or_default();
+            let words = status.err_data.as_deref().unwrap_or_default();
             if words.trim_ascii() == NO_PRELUDE.as_bytes() {
                 let why = io::Error::other("date(1) or what it needs is broken there");
                 return Err(broken("the machine does not set its clock", why));
