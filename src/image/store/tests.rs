@@ -164,9 +164,16 @@ fn a_leftover_that_cannot_be_removed_is_in_nobody_else_s_way() {
 fn what_is_condemned_is_built_anew() {
     let (_dir, store) = store();
     let entry = get(&store, KEY, "mine").expect("builds");
+    let dir = entry.dir.clone();
+    condemn(&dir).expect("removes");
+    store.prune(None, None).expect("prunes");
+    assert!(dir.exists(), "it is in use");
+    drop(entry);
+    let entry = get(&store, KEY, "mine").expect("builds anew");
     condemn(&entry.dir).expect("removes");
     drop(entry);
-    store.get(KEY, "mine", None, &deadline(), &Events::silent(), write_image).expect("builds");
+    store.prune(None, None).expect("prunes");
+    assert!(!dir.exists(), "nobody can read it");
 }
 
 #[test]

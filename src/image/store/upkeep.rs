@@ -87,7 +87,8 @@ impl<K: Kind> Store<K> {
     }
 
     /// Removes entries that were not used for `older_than`, then those last used longest ago until
-    /// the store has no more than `max_bytes`; never one in use. Leftovers of failed builds go too.
+    /// the store has no more than `max_bytes`; never one in use. Leftovers of failed builds go too,
+    /// and so do entries that nobody can read: of another version, or damaged.
     ///
     /// # Errors
     /// When the store cannot be changed.
@@ -102,6 +103,11 @@ impl<K: Kind> Store<K> {
             if (old || large) && self.remove(&entry.manifest.key)? {
                 total = total.saturating_sub(entry.bytes);
                 removed.push(entry);
+            }
+        }
+        for key in self.names()?.iter().filter(|name| is_key(name)) {
+            if read_json::<Manifest<K>>(&self.dir.join(key).join(MANIFEST)).is_err() {
+                self.remove(key)?;
             }
         }
         self.sweep()?;
