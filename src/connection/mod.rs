@@ -99,6 +99,17 @@ pub enum ConnectionError {
         #[source]
         stop: Stop,
     },
+    /// The command printed more than is kept of it, and was killed where the transport can do that:
+    /// the machine's answer, as what it runs decides how much it says.
+    #[error("`{line}` on {peer} printed more than {} MiB, which is all that is kept; {instead}", limit >> 20)]
+    TooMuch {
+        line: String,
+        peer: String,
+        /// In bytes, of one stream.
+        limit: u64,
+        /// How to have all of it, as an imperative: `use SSH for more`.
+        instead: &'static str,
+    },
     /// This host could not do its part: a local file cannot be read or written.
     #[error("{what}")]
     Host {
