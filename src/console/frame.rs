@@ -178,11 +178,12 @@ impl Reply {
     }
 }
 
-/// A shell says 128+n of a command that signal n ended; the agent knows whether it was one.
+/// A shell says 128+n of a command that signal n ended, ksh 256+n; the agent knows whether it was
+/// one. Nothing else comes from a shell.
 fn exit(status: i32, how: &str) -> Option<Exit> {
-    match how {
-        "exit" => Some(Exit::Code(status)),
-        "signal" => Some(Exit::Signal(signal_name(status - 128))),
+    match (how, status) {
+        ("exit", 0..=511) => Some(Exit::Code(status)),
+        ("signal", 129..=511) => Some(Exit::Signal(signal_name(status - 128))),
         _ => None,
     }
 }
@@ -241,6 +242,9 @@ mod tests {
         // Real-time signals have no name in RFC 4254.
         assert_eq!(exit(128 + 34, "signal"), Some(Exit::Signal("34".into())));
         assert_eq!(exit(0, "sixit"), None);
+        for absurd in [i32::MIN, -1, 128, 512, i32::MAX] {
+            assert_eq!(exit(absurd, "signal"), None);
+        }
     }
 
     /// The frames of an output as the agent prints them.
@@ -328,6 +332,24 @@ mod tests {
             some.remove(lost.index(clean.len() - 2));
             let output = complete(read(some.concat().as_bytes()), &clean).expect("repaired");
             prop_assert_eq!(output.stdout, bytes);
+        }
+
+        #[test]
+        fn no_number_is_too_odd(
+            status in prop_oneof![any::<i32>(), -1000i32..1000, Just(i32::MIN)],
+            signal: bool,
+            sums: [u64; 4],
+            line in prop_oneof![any::<u64>(), 0u64..4],
+        ) {
+            let how = if signal { "signal" } else { "exit" };
+            let [a, b, c, d] = sums;
+            let mut answer = Answer::default();
+            answer.accept(&format!("o{line}:YQ=="));
+            answer.accept(&format!("e-{line}:YQ=="));
+            answer.accept(&format!("end:{status}:{how}:{}:{b}:{}:{d}:{status}:0", a as u32, c as u32));
+            let end = answer.reply.clone();
+            prop_assert_eq!(end.is_some(), if signal { (129..512).contains(&status) } else { (0..512).contains(&status) });
+            prop_assert!(!matches!(answer.assemble(), Some(Ok(_))), "no checksum is right by chance");
         }
 
         #[test]
