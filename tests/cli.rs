@@ -95,7 +95,10 @@ fn a_project_adds_its_tools() {
     let (cache, project) = (dir(), dir());
     let settings = "[package.metadata.shakedown.tools]\nsh = 'dash'\nno-such-tool = 'no-such-package'\n";
     std::fs::write(project.path().join("Cargo.toml"), settings).expect("writes");
-    let (status, report) = doctor_json(shakedown(cache.path()).current_dir(project.path()));
+    // From any directory of it.
+    let below = project.path().join("src");
+    std::fs::create_dir(&below).expect("makes");
+    let (status, report) = doctor_json(shakedown(cache.path()).current_dir(below));
     assert_eq!(status, Some(1));
     assert_eq!(
         (&check(&report, "sh")["part"], &check(&report, "sh")["state"]),
