@@ -7,7 +7,7 @@
 //! Noise only ever *adds* bytes to a line. A frame with something in its middle fails its form or
 //! its exact length, and is asked for again; the POSIX `cksum` over each stream has the last word.
 
-use crate::connection::{Exit, Output, signal_name};
+use crate::connection::{Exit, MOST_KEPT, Output, signal_name};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use std::collections::BTreeMap;
@@ -15,6 +15,8 @@ use std::collections::BTreeMap;
 /// Bytes in one line of `base64`, which has 76 characters unless it is the last.
 const LINE_BYTES: u64 = 57;
 const LINE_CHARS: usize = 76;
+/// No stream that is kept has more: what a guest says beyond it is not held.
+const MOST_LINES: usize = MOST_KEPT / LINE_BYTES as usize + 1;
 /// More holes than this are asked for as one.
 const MOST_GAPS: usize = 16;
 
@@ -66,16 +68,29 @@ impl Answer {
         let Some((head, data)) = body.split_once(':') else { return };
         let number = head.get(1..).and_then(|digits| digits.parse().ok());
         match (head.as_bytes().first(), number) {
-            (Some(b'o'), Some(number)) => self.lines[0].insert(number, data.to_owned()),
-            (Some(b'e'), Some(number)) => self.lines[1].insert(number, data.to_owned()),
+            (Some(b'o'), Some(number)) => self.hold(0, number, data),
+            (Some(b'e'), Some(number)) => self.hold(1, number, data),
             _ => {
                 let Some((reply, round)) = body.rsplit_once(':') else { return };
                 let (Some(reply), Ok(round)) = (Reply::parse(reply), round.parse()) else { return };
                 (self.reply, self.round) = (Some(reply), round);
-                None
             }
-        };
+        }
         self.frames += 1;
+    }
+
+    /// Keeps a line of output, if it can be one and there is room.
+    fn hold(&mut self, stream: usize, number: u64, data: &str) {
+        let lines = &mut self.lines[stream];
+        if data.len() <= LINE_CHARS && (lines.len() < MOST_LINES || lines.contains_key(&number)) {
+            lines.insert(number, data.to_owned());
+        }
+    }
+
+    /// Whether the command has ended and printed more than is kept.
+    pub(crate) fn is_too_long(&self) -> bool {
+        let most = MOST_KEPT as u64;
+        matches!(&self.reply, Some(Reply::End { sums, .. }) if sums.iter().any(|(_, size)| *size > most))
     }
 
     /// The output once it is complete and right; else what must be asked for again.
@@ -315,6 +330,18 @@ mod tests {
         let mut answer = Answer::default();
         answer.accept(&format!("end:0:exit:1:{max}:1:{max}:0:0"));
         assert!(matches!(answer.assemble(), Some(Err(gaps)) if gaps.len() == 2));
+        assert!(answer.is_too_long());
+    }
+
+    #[test]
+    fn a_guest_that_prints_without_end_is_not_held() {
+        let mut answer = Answer::default();
+        answer.accept(&format!("o1:{}", "A".repeat(LINE_CHARS + 1)));
+        assert!(answer.lines[0].is_empty(), "no line is that long");
+        for number in 1..=MOST_LINES as u64 + 10 {
+            answer.accept(&format!("e{number}:"));
+        }
+        assert_eq!((answer.lines[1].len(), answer.frames), (MOST_LINES, MOST_LINES as u64 + 11));
     }
 
     proptest! {
