@@ -130,6 +130,24 @@ fn usage_and_settings_that_make_no_sense_exit_with_2() {
     let bad = "SHAKEDOWN_ACCEL=hvf is not usable: it wants tcg or kvm";
     fails(shakedown(cache.path()).arg("doctor").env("SHAKEDOWN_ACCEL", "hvf"), bad);
     fails(shakedown(Path::new("relative")).arg("doctor"), "SHAKEDOWN_CACHE=relative");
+    for (name, value, words) in [
+        ("BOOT_IMAGE_VM_LOGIN_TIMEOUT", "5m", "BOOT_IMAGE_VM_LOGIN_TIMEOUT=5m is not usable"),
+        ("SHAKEDOWN_VMS", "many", "SHAKEDOWN_VMS=many is not usable"),
+    ] {
+        let mut command = shakedown(cache.path());
+        fails(command.current_dir(cache.path()).args(["vm", "run", "--", "true"]).env(name, value), words);
+    }
+    for command in [
+        &["vm", "list"][..],
+        &["vm", "kill", "--all"],
+        &["template", "list"],
+        &["image", "prune"],
+        &["plan", "list"],
+        &["doctor"],
+    ] {
+        let typo = "did you mean SHAKEDOWN_CACHE?";
+        fails(shakedown(cache.path()).args(command).env("SHAKEDOWN_CAHCE", "/"), typo);
+    }
 }
 
 #[test]
