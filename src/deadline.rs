@@ -31,11 +31,15 @@ pub enum Stop {
     Interrupted,
 }
 
+/// What the clock cannot count is as good as this: a hundred years.
+const NEVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
 impl Deadline {
     /// `budget` from now, owned by `owner`: a setting (`BOOT_IMAGE_VM_LOGIN_TIMEOUT`) or a phrase
     /// (`scenario timeout`).
     pub fn after(budget: Duration, owner: impl Into<Cow<'static, str>>) -> Self {
-        Self { at: Instant::now() + budget, budget, owner: owner.into() }
+        let now = Instant::now();
+        Self { at: now.checked_add(budget).unwrap_or(now + NEVER), budget, owner: owner.into() }
     }
 
     /// A tighter budget inside this one: `budget` from now, or this deadline where it comes first.
@@ -115,6 +119,13 @@ mod tests {
         let deadline = Deadline::after(Duration::ZERO, "BOOT_IMAGE_VM_LOGIN_TIMEOUT");
         let text = deadline.check().expect_err("expired").to_string();
         assert_eq!(text, "no answer within 0 s (BOOT_IMAGE_VM_LOGIN_TIMEOUT)");
+    }
+
+    #[test]
+    fn a_budget_without_end_does_not_overflow() {
+        let deadline = Deadline::after(Duration::MAX, "nobody");
+        assert!(deadline.remaining() > NEVER / 2);
+        assert_eq!(deadline.within(Duration::MAX, "nobody else").check(), Ok(()));
     }
 
     #[test]

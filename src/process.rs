@@ -20,6 +20,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
+/// Who signals twice on purpose takes longer than this. coreutils' `timeout` signals its child and
+/// at once the group, which is the child again.
+const IMPATIENCE: Duration = Duration::from_millis(500);
+
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 /// What a second signal, which runs no destructors, must put in order.
 static LAST: Mutex<Option<fn()>> = Mutex::new(None);
@@ -32,7 +36,8 @@ pub fn interrupted() -> bool {
 }
 
 /// From now on Ctrl-C, SIGTERM and SIGHUP set [`interrupted`] and kill all children; waits end and
-/// destructors run. A second signal exits at once with status 130.
+/// destructors run. A second signal exits at once with status 130, unless it follows so closely that
+/// it belongs to the first.
 ///
 /// # Errors
 /// When the handlers cannot be installed.
@@ -45,8 +50,10 @@ pub fn handle_signals() -> Result<()> {
         std::thread::Builder::new()
             .name("signals".into())
             .spawn(move || {
+                let mut first: Option<Instant> = None;
                 for _ in signals.forever() {
-                    if INTERRUPTED.swap(true, Ordering::SeqCst) {
+                    INTERRUPTED.store(true, Ordering::SeqCst);
+                    if first.get_or_insert_with(Instant::now).elapsed() >= IMPATIENCE {
                         kill_all();
                         if let Some(last) = *lock(&LAST) {
                             last();

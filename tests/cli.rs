@@ -95,7 +95,10 @@ fn a_project_adds_its_tools() {
     let (cache, project) = (dir(), dir());
     let settings = "[package.metadata.shakedown.tools]\nsh = 'dash'\nno-such-tool = 'no-such-package'\n";
     std::fs::write(project.path().join("Cargo.toml"), settings).expect("writes");
-    let (status, report) = doctor_json(shakedown(cache.path()).current_dir(project.path()));
+    // From any directory of it.
+    let below = project.path().join("src");
+    std::fs::create_dir(&below).expect("makes");
+    let (status, report) = doctor_json(shakedown(cache.path()).current_dir(below));
     assert_eq!(status, Some(1));
     assert_eq!(
         (&check(&report, "sh")["part"], &check(&report, "sh")["state"]),
@@ -127,6 +130,24 @@ fn usage_and_settings_that_make_no_sense_exit_with_2() {
     let bad = "SHAKEDOWN_ACCEL=hvf is not usable: it wants tcg or kvm";
     fails(shakedown(cache.path()).arg("doctor").env("SHAKEDOWN_ACCEL", "hvf"), bad);
     fails(shakedown(Path::new("relative")).arg("doctor"), "SHAKEDOWN_CACHE=relative");
+    for (name, value, words) in [
+        ("BOOT_IMAGE_VM_LOGIN_TIMEOUT", "5m", "BOOT_IMAGE_VM_LOGIN_TIMEOUT=5m is not usable"),
+        ("SHAKEDOWN_VMS", "many", "SHAKEDOWN_VMS=many is not usable"),
+    ] {
+        let mut command = shakedown(cache.path());
+        fails(command.current_dir(cache.path()).args(["vm", "run", "--", "true"]).env(name, value), words);
+    }
+    for command in [
+        &["vm", "list"][..],
+        &["vm", "kill", "--all"],
+        &["template", "list"],
+        &["image", "prune"],
+        &["plan", "list"],
+        &["doctor"],
+    ] {
+        let typo = "did you mean SHAKEDOWN_CACHE?";
+        fails(shakedown(cache.path()).args(command).env("SHAKEDOWN_CAHCE", "/"), typo);
+    }
 }
 
 #[test]
@@ -172,11 +193,12 @@ fn ctrl_c_ends_it_and_its_children_with_130() {
     let pid_file = path.path().join("pid");
     let body = format!("echo $$ >{0}.new; mv {0}.new {0}; exec sleep 1000", pid_file.display());
     fake(path.path(), "mmdebstrap", &body);
-    let mut doctor = std::process::Command::new(assert_cmd::cargo::cargo_bin!("shakedown"))
+    let doctor = std::process::Command::new(assert_cmd::cargo::cargo_bin!("shakedown"))
         .arg("doctor")
         .env("SHAKEDOWN_CACHE", cache.path())
         .env("PATH", format!("{}:/usr/bin:/bin", path.path().display()))
         .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::piped())
         .spawn()
         .expect("starts");
     let deadline = Deadline::after(Duration::from_secs(60), "test");
@@ -187,8 +209,13 @@ fn ctrl_c_ends_it_and_its_children_with_130() {
         }
         std::thread::yield_now();
     };
-    rustix::process::kill_process(Pid::from_child(&doctor), Signal::INT).expect("is sent");
-    assert_eq!(doctor.wait().expect("ends").code(), Some(130));
+    // `timeout` sends two on each other's heels, which is not a person's impatience.
+    for signal in [Signal::INT, Signal::TERM] {
+        rustix::process::kill_process(Pid::from_child(&doctor), signal).expect("is sent");
+    }
+    let ended = doctor.wait_with_output().expect("ends");
+    assert_eq!(ended.status.code(), Some(130));
+    assert_eq!(String::from_utf8_lossy(&ended.stderr), "interrupted\n", "it came to its end by itself");
     assert!(!Path::new("/proc").join(child).exists(), "the child is gone");
 }
 

@@ -12,9 +12,10 @@ use shakedown::fault::Fault;
 use shakedown::harness::{self, Body, Scenario, Settings};
 use shakedown::host;
 use shakedown::image::Images;
+use shakedown::process;
 use shakedown::record::event::Events;
 use shakedown::record::metadata::Timings;
-use shakedown::record::{Environment, Outcome};
+use shakedown::record::{Environment, Outcome, Scratch, scratch};
 use shakedown::vm::{Boot, Firmware, Medium, Needs, Vm, accel};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -183,19 +184,19 @@ fn boot(runs: u32) -> Result<Samples> {
 /// Where benchmarks run: not among the project's runs, since medians of scenarios shall not be those
 /// of benchmarks.
 struct Stage {
-    logs: tempfile::TempDir,
+    scratch: Scratch,
     environment: Environment,
 }
 
 impl Stage {
     fn new() -> Result<Self> {
-        let logs = tempfile::tempdir().context("cannot make a directory for the evidence")?;
+        let scratch = scratch()?;
         let environment = Environment {
-            log_root: logs.path().to_owned(),
+            log_root: scratch.path().join("notes"),
             ledger: None,
             ..Environment::read(&std::env::current_dir()?)?
         };
-        Ok(Self { logs, environment })
+        Ok(Self { scratch, environment })
     }
 
     /// Runs a scenario that has to pass; its evidence is kept when it does not.
@@ -204,10 +205,19 @@ impl Stage {
         if run.outcome == Outcome::Passed {
             return Ok(run.timings);
         }
-        let kept = std::env::temp_dir().join(format!("shakedown-bench-{}", std::process::id()));
-        let _ = std::fs::rename(self.logs.path(), &kept);
+        // Out of what is removed, and on the same file system.
+        let kept = host::cache_dir()?.join(format!("bench-{}", std::process::id()));
+        std::fs::rename(self.scratch.path().join("notes"), &kept).context("cannot keep the evidence")?;
         bail!("{}: {}: {}\nEvidence is below {}", scenario.name, run.outcome, run.message, kept.display())
     }
+}
+
+/// Space that is gone when this process is: what a killed one left, the next machine or benchmark
+/// removes, as it is where machines have theirs.
+fn scratch() -> Result<Scratch> {
+    let machines = host::cache_dir()?.join("machines");
+    scratch::sweep_under(&machines)?;
+    Scratch::under(&machines)
 }
 
 static FORKS: Scenario = Scenario {
@@ -268,12 +278,14 @@ fn suite(runs: u32) -> Result<Samples> {
     if !Path::new("benches/suite.rs").is_file() {
         bail!(Fault::host("there is no benches/suite.rs here").fix("run this in a checkout of Shakedown"));
     }
+    let deadline = Deadline::after(Duration::from_secs(6 * 3600), "bench suite");
     let cargo = |args: &[&str]| -> Result<f64> {
         let begun = Instant::now();
-        let status =
-            Command::new("cargo").args(args).stdout(Stdio::null()).status().context("cannot start cargo")?;
+        let mut command = Command::new("cargo");
+        command.args(args).stdin(Stdio::null()).stdout(Stdio::null());
+        let status = process::spawn(command)?.wait(&deadline)?;
         if !status.success() {
-            bail!("`cargo {}` failed: {status}", args.join(" "));
+            bail!("`cargo {}` failed with {}", args.join(" "), process::describe(status));
         }
         Ok(begun.elapsed().as_secs_f64())
     };
@@ -293,7 +305,7 @@ fn image(runs: u32) -> Result<Samples> {
     let environment = Environment::read(&std::env::current_dir()?)?;
     let deadline = Deadline::after(Duration::from_secs(3600), "bench image");
     for _ in 0..runs {
-        let cache = tempfile::tempdir_in(host::cache_dir()?).context("cannot make an empty cache")?;
+        let cache = scratch()?;
         let get = || -> Result<f64> {
             let begun = Instant::now();
             let images = Images::new(cache.path().to_owned(), &environment, &None, &BTreeMap::new())?;

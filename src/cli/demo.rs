@@ -3,6 +3,7 @@
 use super::Verdict;
 use super::doctor::Diagnosis;
 use super::progress::Progress;
+use super::project::Project;
 use super::terminal::{self, Colour, Paint};
 use anyhow::{Context, Result, ensure};
 use shakedown::connection::Cmd;
@@ -65,7 +66,9 @@ impl Demo {
         let begun = Instant::now();
         let here = std::env::current_dir().context("cannot tell the current directory")?;
         let environment = Environment::read(&here)?;
-        let mut diagnosis = Diagnosis::make(Settings::default())?;
+        // Not this project's machine is shown, but ours.
+        let ours = Project { environment: environment.clone(), settings: Settings::default() };
+        let mut diagnosis = Diagnosis::make(ours)?;
         if !diagnosis.ok {
             diagnosis = diagnosis.treat(self.yes)?;
         }

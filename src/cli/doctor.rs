@@ -1,13 +1,13 @@
 //! `shakedown doctor`: what this host has, what it lacks, and installing that.
 
 use super::Verdict;
+use super::project::Project;
 use super::table::{Cell, Table};
 use super::terminal::{self, Colour, Paint};
 use anyhow::{Context, Result};
 use serde::Serialize;
 use shakedown::deadline::{Deadline, Stop};
 use shakedown::fault::Fault;
-use shakedown::harness::Settings;
 use shakedown::host::apt::Plan;
 use shakedown::host::setting::Invalid;
 use shakedown::host::tools::{Part, install_fix};
@@ -15,7 +15,6 @@ use shakedown::host::{self, Report, State};
 use shakedown::process;
 use shakedown::vm::accel::{self, Accel, Kind};
 use std::io::{self, IsTerminal};
-use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -48,21 +47,12 @@ pub(super) struct Diagnosis {
     pub(super) accelerator: Option<Accel>,
     /// What the project adds, to look again after an installation.
     #[serde(skip)]
-    project: Settings,
-}
-
-/// The project in the current directory, if there is one.
-fn project() -> Result<Settings> {
-    match std::fs::read_to_string("Cargo.toml") {
-        Ok(manifest) => Settings::parse(&manifest),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Settings::default()),
-        Err(error) => Err(error).context(Fault::host("cannot read Cargo.toml")),
-    }
+    project: Project,
 }
 
 impl Doctor {
     pub(super) fn run(self) -> Result<Verdict> {
-        let mut diagnosis = Diagnosis::make(project()?)?;
+        let mut diagnosis = Diagnosis::make(Project::here()?)?;
         if self.install {
             diagnosis = diagnosis.treat(self.yes)?;
         }
@@ -76,16 +66,15 @@ impl Doctor {
 }
 
 impl Diagnosis {
-    pub(super) fn make(project: Settings) -> Result<Self> {
-        let logs = std::env::var_os("BOOT_IMAGE_VM_LOG_ROOT").filter(|value| !value.is_empty());
-        let logs = logs.map_or_else(|| PathBuf::from("notes"), PathBuf::from);
+    pub(super) fn make(project: Project) -> Result<Self> {
+        let Project { environment, settings } = &project;
         // A prebuilt image needs no tools to build one.
-        let prebuilt = std::env::var_os("SHAKEDOWN_IMAGE").is_some_and(|value| !value.is_empty());
+        let prebuilt = environment.overrides.contains_key("SHAKEDOWN_IMAGE");
         let mut parts = if prebuilt { vec![Part::Machines] } else { vec![Part::Machines, Part::Image] };
-        if project.has_recipe("nix") {
+        if settings.has_recipe("nix") {
             parts.push(Part::Nix);
         }
-        let report = Report::collect(&parts, &project.tools, &host::cache_dir()?, &logs);
+        let report = Report::collect(&parts, &settings.tools, &host::cache_dir()?, &environment.log_root);
         let deadline = Deadline::after(Duration::from_secs(60), "doctor");
         let accelerator = match accel::detect_afresh(&deadline) {
             Ok(accelerator) => Some(accelerator),

@@ -1,10 +1,11 @@
 //! `shakedown ledger`: whether the ledger can be relied on.
 
 use super::Verdict;
+use super::project::Project;
 use super::terminal;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use shakedown::fault::Fault;
-use shakedown::record::{Environment, ledger};
+use shakedown::record::ledger;
 use std::path::PathBuf;
 
 /// Look after the ledger of runs.
@@ -44,8 +45,8 @@ impl Ledger {
 }
 
 fn default_file() -> Result<PathBuf> {
-    let here = std::env::current_dir().context("cannot tell the current directory")?;
-    Environment::read(&here)?
+    Project::here()?
+        .environment
         .ledger
         .ok_or_else(|| Fault::host("the ledger is turned off by BOOT_IMAGE_VM_DISABLE_LEDGER").into())
 }

@@ -108,12 +108,13 @@ pub(crate) fn main() -> ExitCode {
         Command::Vm(vm) => vm.error_status(),
         _ => 1,
     };
-    let signals = match &command {
+    // Here, because many subcommands read no setting, and a typo in one must not go unheard.
+    let ready = environment::check_names().map_err(Into::into).and_then(|()| match &command {
         // To it, the first signal says to end after the job.
         Command::Agent(_) => Ok(()),
         _ => process::handle_signals(),
-    };
-    let result = signals.and_then(|()| match command {
+    });
+    let result = ready.and_then(|()| match command {
         Command::Demo(demo) => demo.run(),
         Command::Doctor(doctor) => doctor.run(),
         Command::Image(image) => image.run(),
@@ -178,7 +179,7 @@ mod tests {
 
     #[test]
     fn exit_statuses_tell_usage_from_faults() {
-        let invalid = host::setting::Invalid { name: "X", value: "y".into(), wants: "z".into() };
+        let invalid = host::setting::Invalid::Value { name: "X", value: "y".into(), wants: "z".into() };
         let status = |error: Result<()>| status_of(&error.expect_err("an error"), 1);
         assert_eq!(status(Err(invalid).context(Fault::host("reading settings"))), 2);
         assert_eq!(status(Settings::parse("[package").map(drop).context("reading")), 2);

@@ -20,6 +20,7 @@ const EXAMPLES: &str = "\
 Examples:
   shakedown template list                            What there is, and what it takes
   shakedown template prune --older-than 7d           Remove what was not used for a week
+  shakedown template prune --older-than 0s           Remove all that are not in use
   shakedown template prune --max-size 4G             Keep no more than that
   shakedown template rm debian                       Remove those of an image";
 

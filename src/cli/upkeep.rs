@@ -6,6 +6,7 @@ use super::terminal::{self, Paint};
 use super::value;
 use anyhow::Result;
 use jiff::Timestamp;
+use shakedown::deadline::human;
 use shakedown::image::store::{Kind, Store, Stored};
 use std::io;
 use std::time::Duration;
@@ -50,26 +51,63 @@ pub(super) struct Column<K> {
 impl Upkeep {
     pub(super) fn run<K: Kind>(self, store: &Store<K>, column: &Column<K>) -> Result<Verdict> {
         let (list, json, empty) = match self {
-            Self::List { json } => (store.list()?, json, "The store is empty"),
+            Self::List { json } => (store.list()?, json, EMPTY.to_owned()),
             Self::Prune { older_than, max_size, json } => {
-                (store.prune(Some(older_than), max_size)?, json, "Nothing to remove")
+                let removed = store.prune(Some(older_than), max_size)?;
+                (removed, json, Kept::of(&store.list()?).explain(older_than))
             }
             Self::Rm { names, json } => {
                 let mut removed = Vec::new();
                 for name in &names {
                     removed.extend(store.rm(name)?);
                 }
-                (removed, json, "Nothing to remove")
+                (removed, json, "Nothing to remove".to_owned())
             }
         };
         if json {
             terminal::print_json(&list)?;
         } else if list.is_empty() {
-            terminal::say(empty);
+            terminal::say(&empty);
         } else {
             terminal::print(&table(&list, column).render(Paint::of(&io::stdout())))?;
         }
         Ok(Verdict::Fine)
+    }
+}
+
+const EMPTY: &str = "The store is empty";
+
+/// What a store still has when nothing was removed.
+#[derive(Clone, Copy)]
+struct Kept {
+    entries: usize,
+    in_use: usize,
+    bytes: u64,
+}
+
+impl Kept {
+    fn of<K>(list: &[Stored<K>]) -> Self {
+        let in_use = list.iter().filter(|entry| entry.in_use).count();
+        Self { entries: list.len(), in_use, bytes: list.iter().map(|entry| entry.bytes).sum() }
+    }
+
+    /// Why that is so, and what to do for who needs the space.
+    fn explain(self, older_than: Duration) -> String {
+        let Self { entries, in_use, bytes } = self;
+        if entries == 0 {
+            return EMPTY.into();
+        }
+        let mut text = format!("Nothing to remove: {entries} kept, {} MiB", bytes >> 20);
+        if in_use > 0 {
+            text += &format!("; {in_use} in use");
+        }
+        if entries > in_use {
+            let days = older_than.as_secs() / (24 * 3600);
+            let limit = if days > 1 { format!("{days} days") } else { human(older_than) };
+            text +=
+                &format!("; {} used in the last {limit}, which `--older-than 0s` removes", entries - in_use);
+        }
+        text
     }
 }
 
@@ -98,5 +136,24 @@ pub(super) fn ago(time: Timestamp) -> String {
         1..=119 => format!("{minutes} min ago"),
         120..=2879 => format!("{} h ago", minutes / 60),
         _ => format!("{} days ago", minutes / (24 * 60)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_needs_space_is_told_why_there_is_none() {
+        let month = Duration::from_secs(30 * 24 * 3600);
+        let kept = |entries, in_use| Kept { entries, in_use, bytes: 5 << 30 };
+        assert_eq!(kept(0, 0).explain(month), "The store is empty");
+        assert_eq!(
+            kept(3, 1).explain(month),
+            "Nothing to remove: 3 kept, 5120 MiB; 1 in use; 2 used in the last 30 days, which `--older-than 0s` removes"
+        );
+        let text = kept(1, 0).explain(Duration::from_secs(12 * 3600));
+        assert!(text.ends_with("; 1 used in the last 720 min, which `--older-than 0s` removes"), "{text}");
+        assert_eq!(kept(1, 1).explain(Duration::ZERO), "Nothing to remove: 1 kept, 5120 MiB; 1 in use");
     }
 }

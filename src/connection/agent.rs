@@ -18,6 +18,8 @@ use std::time::Duration;
 const PEER: &str = "guest agent";
 /// The agent decodes a request as a whole, in memory.
 const MOST_INPUT: u64 = 8 << 20;
+/// Of each stream; the agent's own limit.
+const MOST_OUTPUT: u64 = 16 << 20;
 /// How a command's end is waited for: the agent does not tell by itself. A look costs the guest a
 /// millisecond or two under emulation, so they become rarer.
 const FIRST_LOOK: Duration = Duration::from_millis(4);
@@ -199,8 +201,12 @@ impl Connection for Agent {
             }
         };
         if status.out_truncated == Some(true) || status.err_truncated == Some(true) {
-            let why = io::Error::other("the agent keeps 16 MiB; use SSH for more");
-            return Err(broken("a command printed too much", why));
+            return Err(ConnectionError::TooMuch {
+                line,
+                peer: PEER.into(),
+                limit: MOST_OUTPUT,
+                instead: "use SSH for more",
+            });
         }
         if with_prelude.len() > line.len() && status.exitcode == Some(125) {
             let words = status.err_data.as_deref().unwrap_or_default();

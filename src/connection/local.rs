@@ -36,6 +36,7 @@ impl Connection for Local {
         }
         let status = ended.map_err(|end| match end {
             End::Stop(stop) => ConnectionError::Stopped { line, peer: self.peer(), stop },
+            End::TooMuch => Collector::too_much(line, self.peer()),
             End::Input(source) => {
                 ConnectionError::Host { what: "cannot read what the command is to get".into(), source }
             }
@@ -60,6 +61,7 @@ type Pipes = (Option<ChildStdin>, Option<ChildStdout>, Option<ChildStderr>);
 /// Why a command has no exit status.
 enum End {
     Stop(Stop),
+    TooMuch,
     Input(io::Error),
     Broken(anyhow::Error),
 }
@@ -87,6 +89,9 @@ fn pump(
         feed(input, &mut source)?;
         drain(stdout, &mut buffer, |bytes| collector.take(Stream::Stdout, bytes)).map_err(broken)?;
         drain(stderr, &mut buffer, |bytes| collector.take(Stream::Stderr, bytes)).map_err(broken)?;
+        if collector.overflowed() {
+            return Err(End::TooMuch);
+        }
         let mut fds = Vec::with_capacity(4);
         fds.extend(input.as_ref().map(|pipe| PollFd::new(pipe, PollFlags::OUT)));
         fds.extend(stdout.as_ref().map(|pipe| PollFd::new(pipe, PollFlags::IN)));

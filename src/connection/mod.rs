@@ -5,6 +5,7 @@
 //! primitive, [`Connection::exec`]; files move through it. Knows nothing of QEMU.
 
 pub mod agent;
+mod collector;
 mod files;
 pub(crate) mod json_lines;
 pub mod key;
@@ -17,6 +18,8 @@ pub use key::KeyPair;
 pub use local::Local;
 pub use session::{Session, Witness};
 pub use ssh::Ssh;
+
+pub(crate) use collector::Collector;
 
 use crate::deadline::{Deadline, Stop};
 use crate::fault::visible;
@@ -37,7 +40,8 @@ pub struct Cmd<'a> {
     pub timeout: Option<Duration>,
     /// Whether a non-zero exit is a result rather than an error.
     pub may_fail: bool,
-    /// Whether [`Output`] gets standard output too; false for what is too big for memory.
+    /// Whether [`Output`] gets all that is printed, up to [`MOST_KEPT`] of each stream; false for
+    /// what is too big for memory: then it has the last of standard error and nothing else.
     pub keep: bool,
     /// Receives output as it comes, where the transport can stream; at the end where it cannot.
     pub on_output: Option<Sink<'a>>,
@@ -71,10 +75,13 @@ pub struct Output {
     pub exit: Exit,
     /// Standard output, byte for byte.
     pub stdout: Vec<u8>,
-    /// Standard error, byte for byte.
+    /// Standard error, byte for byte; its last 64 KiB where nothing else is kept.
     pub stderr: Vec<u8>,
 }
 
+/// How many bytes of each stream are kept of a command: what a machine prints must not fill the
+/// memory of the host that tests it.
+pub const MOST_KEPT: usize = 64 << 20;
 /// Why a command has no (good) output.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -98,6 +105,17 @@ pub enum ConnectionError {
         peer: String,
         #[source]
         stop: Stop,
+    },
+    /// The command printed more than is kept of it, and was killed where the transport can do that:
+    /// the machine's answer, as what it runs decides how much it says.
+    #[error("`{line}` on {peer} printed more than {} MiB, which is all that is kept; {instead}", limit >> 20)]
+    TooMuch {
+        line: String,
+        peer: String,
+        /// In bytes, of one stream.
+        limit: u64,
+        /// How to have all of it, as an imperative: `use SSH for more`.
+        instead: &'static str,
     },
     /// This host could not do its part: a local file cannot be read or written.
     #[error("{what}")]
@@ -209,7 +227,7 @@ impl<'a> Cmd<'a> {
         self
     }
 
-    /// Keeps no standard output: [`Cmd::on_output`] is to see it.
+    /// Keeps no standard output, and of standard error only the end: [`Cmd::on_output`] is to see them.
     #[must_use]
     pub fn discard_stdout(mut self) -> Self {
         self.keep = false;
@@ -263,41 +281,6 @@ impl Output {
     /// The lines of standard output, without their ends.
     pub fn lines(&self) -> Vec<String> {
         self.text().lines().map(str::to_owned).collect()
-    }
-}
-
-/// Gathers a command's output for a transport: keeps it and shows it to the command's sink.
-pub(crate) struct Collector<'a> {
-    keep: bool,
-    sink: Option<Sink<'a>>,
-    stdout: Vec<u8>,
-    stderr: Vec<u8>,
-}
-
-impl<'a> Collector<'a> {
-    /// As a command wants it, by its `keep` and `on_output`.
-    pub(crate) fn new(keep: bool, sink: Option<Sink<'a>>) -> Self {
-        Self { keep, sink, stdout: Vec::new(), stderr: Vec::new() }
-    }
-
-    /// Takes bytes of one stream, in their order.
-    pub(crate) fn take(&mut self, stream: Stream, bytes: &[u8]) {
-        if bytes.is_empty() {
-            return;
-        }
-        if let Some(see) = &mut self.sink {
-            see(stream, bytes);
-        }
-        match stream {
-            Stream::Stdout if self.keep => self.stdout.extend_from_slice(bytes),
-            Stream::Stdout => {}
-            Stream::Stderr => self.stderr.extend_from_slice(bytes),
-        }
-    }
-
-    /// The whole output of a command that ended.
-    pub(crate) fn finish(self, exit: Exit) -> Output {
-        Output { exit, stdout: self.stdout, stderr: self.stderr }
     }
 }
 

@@ -138,6 +138,7 @@ fn with_blame(error: ConnectionError) -> anyhow::Error {
     let fault = match &error {
         ConnectionError::Failed { .. } => Fault::machine("a command failed"),
         ConnectionError::Stopped { .. } => Fault::machine("a command hung"),
+        ConnectionError::TooMuch { .. } => Fault::machine("a command printed too much"),
         ConnectionError::Transport { .. } => Fault::host("the connection broke"),
         ConnectionError::Host { .. } => Fault::host("this host could not do its part"),
     };

@@ -7,7 +7,7 @@
 //! Noise only ever *adds* bytes to a line. A frame with something in its middle fails its form or
 //! its exact length, and is asked for again; the POSIX `cksum` over each stream has the last word.
 
-use crate::connection::{Exit, Output, signal_name};
+use crate::connection::{Exit, MOST_KEPT, Output, signal_name};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use std::collections::BTreeMap;
@@ -15,6 +15,8 @@ use std::collections::BTreeMap;
 /// Bytes in one line of `base64`, which has 76 characters unless it is the last.
 const LINE_BYTES: u64 = 57;
 const LINE_CHARS: usize = 76;
+/// No stream that is kept has more: what a guest says beyond it is not held.
+const MOST_LINES: usize = MOST_KEPT / LINE_BYTES as usize + 1;
 /// More holes than this are asked for as one.
 const MOST_GAPS: usize = 16;
 
@@ -66,16 +68,29 @@ impl Answer {
         let Some((head, data)) = body.split_once(':') else { return };
         let number = head.get(1..).and_then(|digits| digits.parse().ok());
         match (head.as_bytes().first(), number) {
-            (Some(b'o'), Some(number)) => self.lines[0].insert(number, data.to_owned()),
-            (Some(b'e'), Some(number)) => self.lines[1].insert(number, data.to_owned()),
+            (Some(b'o'), Some(number)) => self.hold(0, number, data),
+            (Some(b'e'), Some(number)) => self.hold(1, number, data),
             _ => {
                 let Some((reply, round)) = body.rsplit_once(':') else { return };
                 let (Some(reply), Ok(round)) = (Reply::parse(reply), round.parse()) else { return };
                 (self.reply, self.round) = (Some(reply), round);
-                None
             }
-        };
+        }
         self.frames += 1;
+    }
+
+    /// Keeps a line of output, if it can be one and there is room.
+    fn hold(&mut self, stream: usize, number: u64, data: &str) {
+        let lines = &mut self.lines[stream];
+        if data.len() <= LINE_CHARS && (lines.len() < MOST_LINES || lines.contains_key(&number)) {
+            lines.insert(number, data.to_owned());
+        }
+    }
+
+    /// Whether the command has ended and printed more than is kept.
+    pub(crate) fn is_too_long(&self) -> bool {
+        let most = MOST_KEPT as u64;
+        matches!(&self.reply, Some(Reply::End { sums, .. }) if sums.iter().any(|(_, size)| *size > most))
     }
 
     /// The output once it is complete and right; else what must be asked for again.
@@ -178,11 +193,12 @@ impl Reply {
     }
 }
 
-/// A shell says 128+n of a command that signal n ended; the agent knows whether it was one.
+/// A shell says 128+n of a command that signal n ended, ksh 256+n; the agent knows whether it was
+/// one. Nothing else comes from a shell.
 fn exit(status: i32, how: &str) -> Option<Exit> {
-    match how {
-        "exit" => Some(Exit::Code(status)),
-        "signal" => Some(Exit::Signal(signal_name(status - 128))),
+    match (how, status) {
+        ("exit", 0..=511) => Some(Exit::Code(status)),
+        ("signal", 129..=511) => Some(Exit::Signal(signal_name(status - 128))),
         _ => None,
     }
 }
@@ -241,6 +257,9 @@ mod tests {
         // Real-time signals have no name in RFC 4254.
         assert_eq!(exit(128 + 34, "signal"), Some(Exit::Signal("34".into())));
         assert_eq!(exit(0, "sixit"), None);
+        for absurd in [i32::MIN, -1, 128, 512, i32::MAX] {
+            assert_eq!(exit(absurd, "signal"), None);
+        }
     }
 
     /// The frames of an output as the agent prints them.
@@ -311,6 +330,18 @@ mod tests {
         let mut answer = Answer::default();
         answer.accept(&format!("end:0:exit:1:{max}:1:{max}:0:0"));
         assert!(matches!(answer.assemble(), Some(Err(gaps)) if gaps.len() == 2));
+        assert!(answer.is_too_long());
+    }
+
+    #[test]
+    fn a_guest_that_prints_without_end_is_not_held() {
+        let mut answer = Answer::default();
+        answer.accept(&format!("o1:{}", "A".repeat(LINE_CHARS + 1)));
+        assert!(answer.lines[0].is_empty(), "no line is that long");
+        for number in 1..=MOST_LINES as u64 + 10 {
+            answer.accept(&format!("e{number}:"));
+        }
+        assert_eq!((answer.lines[1].len(), answer.frames), (MOST_LINES, MOST_LINES as u64 + 11));
     }
 
     proptest! {
@@ -328,6 +359,24 @@ mod tests {
             some.remove(lost.index(clean.len() - 2));
             let output = complete(read(some.concat().as_bytes()), &clean).expect("repaired");
             prop_assert_eq!(output.stdout, bytes);
+        }
+
+        #[test]
+        fn no_number_is_too_odd(
+            status in prop_oneof![any::<i32>(), -1000i32..1000, Just(i32::MIN)],
+            signal: bool,
+            sums: [u64; 4],
+            line in prop_oneof![any::<u64>(), 0u64..4],
+        ) {
+            let how = if signal { "signal" } else { "exit" };
+            let [a, b, c, d] = sums;
+            let mut answer = Answer::default();
+            answer.accept(&format!("o{line}:YQ=="));
+            answer.accept(&format!("e-{line}:YQ=="));
+            answer.accept(&format!("end:{status}:{how}:{}:{b}:{}:{d}:{status}:0", a as u32, c as u32));
+            let end = answer.reply.clone();
+            prop_assert_eq!(end.is_some(), if signal { (129..512).contains(&status) } else { (0..512).contains(&status) });
+            prop_assert!(!matches!(answer.assemble(), Some(Ok(_))), "no checksum is right by chance");
         }
 
         #[test]

@@ -13,7 +13,7 @@
 use super::feed::WaitError;
 use super::frame::{Answer, Reply, cksum, parse};
 use super::{Keyboard, Line};
-use crate::connection::{Cmd, Connection, ConnectionError, Output, Stream};
+use crate::connection::{Cmd, Collector, Connection, ConnectionError, MOST_KEPT, Output, Stream};
 use crate::deadline::{Deadline, Stop};
 use crate::fault::Fault;
 use anyhow::{Context, Result};
@@ -166,7 +166,13 @@ impl Shell {
         Ok(())
     }
 
-    fn command(&mut self, line: &str, input: &[u8], deadline: &Deadline) -> Result<Output, WaitError> {
+    /// `None` when it printed more than is kept.
+    fn command(
+        &mut self,
+        line: &str,
+        input: &[u8],
+        deadline: &Deadline,
+    ) -> Result<Option<Output>, WaitError> {
         let stdin = if input.is_empty() { "-" } else { "i" };
         if !input.is_empty() {
             self.put(input, deadline)?;
@@ -185,8 +191,11 @@ impl Shell {
         let mut round = 0;
         loop {
             self.listen(&mut position, &mut answer, round, deadline)?;
+            if answer.is_too_long() {
+                return Ok(None);
+            }
             let gaps = match answer.assemble() {
-                Some(Ok(output)) => return Ok(output),
+                Some(Ok(output)) => return Ok(Some(output)),
                 Some(Err(gaps)) => gaps,
                 None => Vec::new(),
             };
@@ -300,20 +309,17 @@ impl Connection for Shell {
             source,
         })?;
         match self.command(&cmd.line, &stdin, &deadline) {
-            Ok(mut output) => {
-                if let Some(see) = &mut cmd.on_output {
-                    for (stream, bytes) in
-                        [(Stream::Stdout, &output.stdout), (Stream::Stderr, &output.stderr)]
-                    {
-                        if !bytes.is_empty() {
-                            see(stream, bytes);
-                        }
-                    }
-                }
-                if !cmd.keep {
-                    output.stdout.clear();
-                }
-                Ok(output)
+            Ok(None) => Err(ConnectionError::TooMuch {
+                line: cmd.line,
+                peer: PEER.into(),
+                limit: MOST_KEPT as u64,
+                instead: "let it print into a file, or use SSH with `Cmd::on_output`",
+            }),
+            Ok(Some(output)) => {
+                let mut collector = Collector::new(cmd.keep, cmd.on_output);
+                collector.take(Stream::Stdout, &output.stdout);
+                collector.take(Stream::Stderr, &output.stderr);
+                Ok(collector.finish(output.exit))
             }
             Err(WaitError::Stopped(stop)) => {
                 // The agent kills the command on Ctrl-C. Whether it did is found out by the next

@@ -1,7 +1,7 @@
 //! The evidence of a serial line: `serial.log` and `console.cast`.
 //!
 //! Both are written through as bytes come, without a buffer of our own: what was received before a
-//! `kill -9` is in the files. Only writes; decides nothing.
+//! `kill -9` is in the files. Neither grows beyond its limit, whatever the guest prints. Only writes.
 
 use crate::fault::Fault;
 use anyhow::{Context, Result};
@@ -15,12 +15,15 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 /// Shown in place of what must not be in a file.
 const HIDDEN: &str = "********";
 
+/// How large each file may become: a guest can print without end.
+const MOST: u64 = 64 << 20;
+
 /// The two files.
 #[derive(Debug)]
 pub(crate) struct Transcript {
     began: Instant,
-    serial: File,
-    cast: File,
+    serial: Bounded,
+    cast: Bounded,
     /// The beginning of a character whose end has not come yet.
     partial: Vec<u8>,
 }
@@ -29,25 +32,26 @@ impl Transcript {
     /// Creates `serial.log` (the guest's bytes as they came) and `console.cast` (asciicast v2,
     /// <https://docs.asciinema.org/manual/asciicast/v2/>: `o` is from the guest, `i` to it).
     pub(crate) fn create(dir: &Path) -> Result<Self> {
+        Self::create_with(dir, MOST)
+    }
+
+    fn create_with(dir: &Path, most: u64) -> Result<Self> {
         let create = |name: &str| {
             let path = dir.join(name);
-            File::options()
-                .create(true)
-                .append(true)
-                .mode(0o600)
-                .open(&path)
+            Bounded::open(&path, most)
                 .with_context(|| Fault::host(format!("cannot write {}", path.display())))
         };
         let (serial, mut cast) = (create("serial.log")?, create("console.cast")?);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
         let header = json!({"version": 2, "width": 80, "height": 24, "timestamp": now});
-        writeln!(cast, "{header}").context(Fault::host(format!("cannot write into {}", dir.display())))?;
+        cast.write(format!("{header}\n").as_bytes(), str::to_owned)
+            .context(Fault::host(format!("cannot write into {}", dir.display())))?;
         Ok(Self { began: Instant::now(), serial, cast, partial: Vec::new() })
     }
 
     /// Bytes from the guest.
     pub(crate) fn received(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.serial.write_all(bytes)?;
+        self.serial.write(bytes, |note| format!("\n{note}\n"))?;
         self.partial.extend_from_slice(bytes);
         let text = take_text(&mut self.partial);
         self.event("o", &text)
@@ -64,8 +68,39 @@ impl Transcript {
         }
         let micros = self.began.elapsed().as_micros();
         let seconds = format!("{}.{:06}", micros / 1_000_000, micros % 1_000_000);
-        let line = format!("[{seconds}, \"{direction}\", {}]\n", json!(text));
-        self.cast.write_all(line.as_bytes())
+        let line = |text: &str| format!("[{seconds}, \"{direction}\", {}]\n", json!(text));
+        self.cast.write(line(text).as_bytes(), |note| line(&format!("\r\n{note}\r\n")))
+    }
+}
+
+/// A file that takes no more once it is full.
+#[derive(Debug)]
+struct Bounded {
+    file: File,
+    length: u64,
+    most: u64,
+    full: bool,
+}
+
+impl Bounded {
+    fn open(path: &Path, most: u64) -> io::Result<Self> {
+        let file = File::options().create(true).append(true).mode(0o600).open(path)?;
+        let length = file.metadata()?.len();
+        Ok(Self { file, length, most, full: length > most })
+    }
+
+    /// Writes all of `bytes`, or in their place, once, the note that this is the end of the file.
+    fn write(&mut self, bytes: &[u8], note: impl FnOnce(&str) -> String) -> io::Result<()> {
+        if self.full {
+            return Ok(());
+        }
+        self.length += bytes.len() as u64;
+        self.full = self.length > self.most;
+        if self.full {
+            let end = format!("[shakedown: this file has {} MiB; what comes is left out]", self.most >> 20);
+            return self.file.write_all(note(&end).as_bytes());
+        }
+        self.file.write_all(bytes)
     }
 }
 
@@ -112,6 +147,25 @@ mod tests {
         assert_eq!(output, "grüße\u{fffd}\r\n");
         let typed: Vec<_> = lines.iter().filter(|l| l[1] == "i").filter_map(|l| l[2].as_str()).collect();
         assert_eq!(typed, ["root\n", HIDDEN]);
+    }
+
+    #[test]
+    fn a_guest_that_prints_without_end_does_not_fill_the_disk() {
+        let dir = tempfile::tempdir().expect("temp dir");
+        let most = 1 << 20;
+        let mut transcript = Transcript::create_with(dir.path(), most).expect("creates");
+        for _ in 0..100 {
+            transcript.received(&[0x1b; 64 << 10]).expect("writes");
+            transcript.typed("\x03", false).expect("writes");
+        }
+        for name in ["serial.log", "console.cast"] {
+            let text = std::fs::read_to_string(dir.path().join(name)).expect("reads");
+            assert!((text.len() as u64) < most + 200, "{name}: {}", text.len());
+            assert_eq!(text.matches("[shakedown: this file has 1 MiB").count(), 1, "{name}");
+            if name == "console.cast" {
+                assert!(text.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()));
+            }
+        }
     }
 
     proptest::proptest! {

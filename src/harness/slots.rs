@@ -1,4 +1,4 @@
-//! How many machines this host runs at once, across processes, first come first served.
+//! How many machines run at once, across the processes that share a cache, first come first served.
 //!
 //! A queue of tickets in a directory: one file per machine that waits or runs, numbered in the
 //! order of arrival, locked by its owner. **A machine may run when it fits together with all those
@@ -9,6 +9,7 @@
 
 use crate::deadline::Deadline;
 use crate::fault::Fault;
+use crate::host::setting::Invalid;
 use crate::record::event::{Event, Events};
 use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, flock};
@@ -25,7 +26,7 @@ pub const LIMIT_VARIABLE: &str = "SHAKEDOWN_VMS";
 /// How often the queue is looked at: two directory reads in a tenth of a second cost nothing.
 const POLL: Duration = Duration::from_millis(50);
 
-/// The queue of this host.
+/// The queue of all who use this directory.
 #[derive(Clone, Debug)]
 pub struct Slots {
     directory: PathBuf,
@@ -46,14 +47,14 @@ pub struct Slot {
 ///
 /// # Errors
 /// When the variable is no number above zero.
-pub fn machines_at_once() -> Result<usize> {
+pub fn machines_at_once() -> Result<usize, Invalid> {
     match std::env::var(LIMIT_VARIABLE) {
-        Ok(text) if !text.is_empty() => {
-            let number = text.parse().ok().filter(|number| *number > 0);
-            Ok(number.ok_or_else(|| {
-                Fault::host(format!("{LIMIT_VARIABLE}={text} is not a number of machines"))
-                    .fix(format!("set {LIMIT_VARIABLE} to a whole number above zero, or unset it"))
-            })?)
+        Ok(value) if !value.is_empty() => {
+            value.parse().ok().filter(|number| *number > 0).ok_or_else(|| Invalid::Value {
+                name: LIMIT_VARIABLE,
+                value,
+                wants: "a whole number of machines above zero (default: the number of cores)".into(),
+            })
         }
         _ => Ok(std::thread::available_parallelism().map_or(1, usize::from)),
     }
@@ -104,6 +105,7 @@ impl Slots {
             }
             deadline.check().with_context(|| {
                 Fault::host(format!("no free slot: {} machines are ahead of this one", ahead.len() - 1))
+                    .fix("`shakedown vm list` shows the machines that run, `shakedown vm kill ID` ends one")
             })?;
             std::thread::sleep(deadline.slice(POLL));
         }
@@ -257,7 +259,8 @@ mod tests {
         let (_directory, slots) = queue(2, 3000);
         let first = acquire(&slots, 1000, &now()).expect("fits");
         let error = acquire(&slots, 2500, &now()).expect_err("memory");
-        assert!(format!("{error:#}").contains("1 machines are ahead"), "{error:#}");
+        let text = format!("{error:#}");
+        assert!(text.contains("1 machines are ahead") && text.contains("Fix: `shakedown vm list`"), "{text}");
         let second = acquire(&slots, 1000, &now()).expect("fits");
         acquire(&slots, 100, &now()).expect_err("number");
         drop(first);

@@ -6,7 +6,7 @@ use super::debug::Debugger;
 use super::scenario::Scenario;
 use super::settings::Settings;
 use super::slots::{self, Slot, Slots};
-use super::verdict::Verdict;
+use super::verdict::{self, Verdict};
 use crate::connection::KeyPair;
 use crate::deadline::Deadline;
 use crate::fault::Fault;
@@ -84,8 +84,18 @@ impl Run {
 
     fn record(&self) -> Result<&record::Run> {
         self.record.get_or_try_init(|| {
-            for dead in record::sweep(&self.environment.log_root)? {
+            let swept = record::sweep(&self.environment.log_root)?;
+            for dead in swept.added {
                 eprintln!("note: `{}` of run {} died and is now on record", dead.scenario, dead.run_id);
+            }
+            if let [(marker, error), others @ ..] = &swept.left[..] {
+                eprintln!(
+                    "warning: scenarios that died before this run could not be put on record: {} in all. Removing {} \
+                     gives the first of them up\n{}",
+                    others.len() + 1,
+                    marker.display(),
+                    verdict::explain(error)
+                );
             }
             record::Run::start(self.environment.clone())
         })

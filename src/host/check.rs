@@ -241,7 +241,7 @@ fn check_namespaces() -> Check {
             State::Unfit,
             format!("not allowed: {}", one_line(&error)),
             "Allow them (`sysctl kernel.unprivileged_userns_clone=1`, on Ubuntu \
-             `sysctl kernel.apparmor_restrict_unprivileged_userns=0`), or build the image as root",
+             `sysctl kernel.apparmor_restrict_unprivileged_userns=0`), or build the image as root and `chown -R` the cache to you",
         ),
     }
 }

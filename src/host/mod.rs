@@ -59,7 +59,7 @@ fn cache_path(variable: impl Fn(&str) -> Option<OsString>) -> Result<PathBuf> {
     };
     let base = PathBuf::from(value);
     if base.is_relative() {
-        return Err(setting::Invalid {
+        return Err(setting::Invalid::Value {
             name,
             value: base.display().to_string(),
             wants: "an absolute path".into(),

@@ -1,19 +1,30 @@
-//! Environment variables with a fixed set of values, read strictly.
+//! Settings of the environment that cannot be meant, and variables with a fixed set of values.
 //!
-//! Owns the error for a setting that cannot be meant: the command exits with 2 for it.
+//! Owns the one error for all of them: the command exits with 2 for it.
 
 use anyhow::Result;
 
-/// A setting whose value makes no sense.
+/// A setting that makes no sense.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{name}={value} is not usable: it wants {wants}")]
-pub struct Invalid {
-    /// The variable or key.
-    pub name: &'static str,
-    /// What it holds.
-    pub value: String,
-    /// What it may hold, as a phrase.
-    pub wants: String,
+pub enum Invalid {
+    /// Its value is none that it can have.
+    #[error("{name}={value} is not usable: it wants {wants}")]
+    Value {
+        /// The variable or key.
+        name: &'static str,
+        /// What it holds.
+        value: String,
+        /// What it may hold, as a phrase.
+        wants: String,
+    },
+    /// It looks like one of ours and is none.
+    #[error("unknown environment variable {name}\nFix: did you mean {nearest}? `unset {name}` otherwise")]
+    Unknown {
+        /// The variable.
+        name: String,
+        /// The variable of ours whose name comes nearest.
+        nearest: &'static str,
+    },
 }
 
 /// The value of the variable `name`, one of `allowed`; `None` when it is unset or empty.
@@ -35,7 +46,7 @@ fn choose(
     }
     match allowed.iter().find(|known| **known == value) {
         Some(known) => Ok(Some(known)),
-        None => Err(Invalid { name, value: value.into(), wants: allowed.join(" or ") }),
+        None => Err(Invalid::Value { name, value: value.into(), wants: allowed.join(" or ") }),
     }
 }
 

@@ -306,7 +306,7 @@ impl Images {
             let free = host::free_disk(dir)?;
             if free < BUILD_BYTES {
                 bail!(Fault::host(format!("a build needs {} MiB, and {} has {}", BUILD_BYTES >> 20, dir.display(), free >> 20))
-                    .fix("free some space (`shakedown image prune`), or set SHAKEDOWN_CACHE to a place that has it"));
+                    .fix("free some space (`shakedown image prune --older-than 0s`), or set SHAKEDOWN_CACHE to a place that has it"));
             }
             let built = plan.build(dir, log, deadline, events)?;
             check_built(&dir.join(ISO))?;

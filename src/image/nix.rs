@@ -198,7 +198,7 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
     let free = host::free_disk(to.parent().unwrap_or(to))?;
     if free < size {
         bail!(cannot().fix(format!(
-            "it needs {} MiB and there are {}: free some (`shakedown image prune`), or set SHAKEDOWN_CACHE to a place that has it",
+            "it needs {} MiB and there are {}: free some (`shakedown image prune --older-than 0s`), or set SHAKEDOWN_CACHE to a place that has it",
             size >> 20,
             free >> 20
         )));

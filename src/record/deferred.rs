@@ -173,6 +173,8 @@ mod tests {
         queue.add([again, entry("c")]).expect("adds");
         assert_eq!(names(&queue), ["b", "a", "c"]);
         assert_eq!(queue.read().expect("reads")[0].reason, "the budget");
+        let mode = std::os::unix::fs::MetadataExt::mode(&fs::metadata(queue.path()).expect("exists"));
+        assert_eq!(mode & 0o777, 0o600, "its owner's alone");
         queue.remove(|entry| entry.is("scenarios", "a") || entry.is("other", "b")).expect("removes");
         assert_eq!(names(&queue), ["b", "c"]);
         queue.remove(|_| true).expect("removes");

@@ -4,9 +4,10 @@
 //! `SHAKEDOWN_*` belong to the modules they steer; here they are only known by name.
 
 use crate::fault::Fault;
+use crate::host::setting::Invalid;
 use anyhow::Result;
 use std::collections::BTreeMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -91,7 +92,7 @@ pub const VARIABLES: [Variable; 12] = [
     Variable {
         name: "SHAKEDOWN_VMS",
         default: "the number of cores",
-        meaning: "how many machines run at once on this host, over all processes",
+        meaning: "how many machines run at once, over all processes that share a cache",
     },
 ];
 
@@ -123,7 +124,7 @@ impl Environment {
     /// Reads this process's environment for the project in `project`, an absolute directory.
     ///
     /// # Errors
-    /// A host [`Fault`] that names the variable, its value and the fix; an unknown variable is one.
+    /// [`Invalid`] for a variable that is none of ours, or has a value that it cannot have.
     pub fn read(project: &Path) -> Result<Self> {
         Self::from_vars(std::env::vars_os(), project)
     }
@@ -154,6 +155,14 @@ impl Environment {
     }
 }
 
+/// Refuses variables that look like ours and are not: for who reads no other setting.
+///
+/// # Errors
+/// [`Invalid`], with the nearest name.
+pub fn check_names() -> Result<(), Invalid> {
+    ours(std::env::vars_os()).map(drop)
+}
+
 /// The table for `--help`: name, default and meaning of every variable.
 pub fn help() -> String {
     VARIABLES
@@ -163,56 +172,54 @@ pub fn help() -> String {
 }
 
 /// Our variables among `vars`, without the empty ones.
-fn ours(vars: impl IntoIterator<Item = (OsString, OsString)>) -> Result<BTreeMap<String, String>> {
+fn ours(vars: impl IntoIterator<Item = (OsString, OsString)>) -> Result<BTreeMap<String, String>, Invalid> {
     let mut found = BTreeMap::new();
     for (name, value) in vars {
         let name = name.to_string_lossy();
         if !PREFIXES.iter().any(|prefix| name.starts_with(prefix)) {
             continue;
         }
-        if !VARIABLES.iter().any(|variable| variable.name == name) {
-            return Err(unknown(&name).into());
-        }
+        let Some(variable) = VARIABLES.iter().find(|variable| variable.name == name) else {
+            return Err(unknown(&name));
+        };
         if !value.is_empty() {
-            found.insert(name.into_owned(), text(&value)?.to_owned());
+            found.insert(name.into_owned(), text(*variable, value)?);
         }
     }
     Ok(found)
 }
 
-fn text(value: &OsStr) -> Result<&str> {
-    let fault = || Fault::host(format!("an environment variable holds {value:?}, which is not UTF-8"));
-    Ok(value.to_str().ok_or_else(fault)?)
+fn text(variable: Variable, value: OsString) -> Result<String, Invalid> {
+    value.into_string().map_err(|value| wrong(variable, &value.to_string_lossy(), "UTF-8"))
 }
 
-fn unknown(name: &str) -> Fault {
+fn unknown(name: &str) -> Invalid {
     let nearest = VARIABLES
         .iter()
         .map(|variable| variable.name)
         .max_by(|a, b| strsim::jaro_winkler(name, a).total_cmp(&strsim::jaro_winkler(name, b)))
         .unwrap_or_default();
-    Fault::host(format!("unknown environment variable {name}"))
-        .fix(format!("did you mean {nearest}? `unset {name}` otherwise"))
+    Invalid::Unknown { name: name.to_owned(), nearest }
 }
 
-fn seconds(variable: Variable, value: &str) -> Result<Duration> {
+fn seconds(variable: Variable, value: &str) -> Result<Duration, Invalid> {
     match value.parse::<u32>() {
         Ok(seconds @ 1..) => Ok(Duration::from_secs(seconds.into())),
-        _ => Err(wrong(variable, value, "a whole number of seconds above zero").into()),
+        _ => Err(wrong(variable, value, "a whole number of seconds above zero")),
     }
 }
 
-fn switch(variable: Variable, value: &str) -> Result<bool> {
+fn switch(variable: Variable, value: &str) -> Result<bool, Invalid> {
     match value.to_ascii_lowercase().as_str() {
         "1" | "true" | "yes" => Ok(true),
         "0" | "false" | "no" => Ok(false),
-        _ => Err(wrong(variable, value, "one of 1, true, yes, 0, false, no").into()),
+        _ => Err(wrong(variable, value, "one of 1, true, yes, 0, false, no")),
     }
 }
 
-fn wrong(variable: Variable, value: &str, allowed: &str) -> Fault {
-    Fault::host(format!("{}={value} is not {allowed}", variable.name))
-        .fix(format!("set {} to {allowed}, or unset it (default: {})", variable.name, variable.default))
+fn wrong(variable: Variable, value: &str, allowed: &str) -> Invalid {
+    let wants = format!("{allowed} (default: {})", variable.default);
+    Invalid::Value { name: variable.name, value: value.to_owned(), wants }
 }
 
 #[cfg(test)]
@@ -265,7 +272,10 @@ mod tests {
     fn timeouts_are_whole_seconds_above_zero() {
         for value in ["0", "-1", "1.5", "5m", " 5", "99999999999"] {
             let text = error("BOOT_IMAGE_VM_LOGIN_TIMEOUT", value);
-            assert!(text.contains(&format!("LOGIN_TIMEOUT={value} ")) && text.contains("Fix: set"), "{text}");
+            assert!(
+                text.contains(&format!("LOGIN_TIMEOUT={value} is not usable")) && text.contains("above zero"),
+                "{text}"
+            );
         }
         let environment = read(&[("BOOT_IMAGE_VM_SPAWN_TIMEOUT", "5")]).expect("reads");
         assert_eq!(environment.spawn_timeout, Duration::from_secs(5));

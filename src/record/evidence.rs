@@ -201,11 +201,6 @@ impl Evidence {
         path
     }
 
-    /// Registers a file that somebody else made; the same path only once.
-    pub fn register(&self, label: &str, path: &Path) {
-        register(&mut self.state(), label, path);
-    }
-
     /// Records the outcome: metadata, `record.json`, ledger line. Every outcome but `passed` has a reason.
     ///
     /// # Errors

@@ -18,9 +18,9 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// One line of the ledger.
@@ -149,7 +149,7 @@ fn write(path: &Path, mut text: Vec<u8>) -> Result<()> {
     if let Some(directory) = path.parent() {
         std::fs::create_dir_all(directory)?;
     }
-    let mut file = File::options().create(true).append(true).read(true).open(path)?;
+    let mut file = private().read(true).open(path)?;
     files::lock(&file, path)?;
     let mut length = file.metadata()?.len();
     if length > 0 {
@@ -190,8 +190,16 @@ fn set_aside(path: &Path, mut fragment: Vec<u8>) -> Result<()> {
     let mut torn = path.as_os_str().to_owned();
     torn.push(".torn");
     fragment.push(b'\n');
-    File::options().create(true).append(true).open(torn)?.write_all(&fragment)?;
+    private().open(torn)?.write_all(&fragment)?;
     Ok(())
+}
+
+/// To append to a file that, where we make it, is its owner's alone: reasons and command lines may
+/// have what others must not read.
+fn private() -> OpenOptions {
+    let mut options = File::options();
+    options.create(true).append(true).mode(0o600);
+    options
 }
 
 /// True when the ledger has a sound line for the same execution as `record`.

@@ -33,4 +33,4 @@ pub use ledger::Record;
 pub use metadata::{BootKind, Metadata, Outcome};
 pub use run::Run;
 pub use scratch::Scratch;
-pub use sweep::sweep;
+pub use sweep::{Swept, sweep};

@@ -1,7 +1,7 @@
 //! Scratch space: a private directory for sockets, overlays and disks, gone with its owner.
 //!
 //! A directory is locked by a file in it for as long as its owner lives. What a killed owner left,
-//! the next start removes with [`sweep`].
+//! the next start removes with [`sweep_under`].
 
 use super::files;
 use crate::fault::Fault;
@@ -11,9 +11,6 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 const LOCK: &str = ".lock";
-/// A socket's path has 107 bytes at most (`sun_path`, unix(7)); this leaves room for the names of
-/// the directory and of the socket.
-const LONGEST_BASE: usize = 60;
 
 /// A directory of mode 0700 that is removed on drop.
 #[derive(Debug)]
@@ -23,15 +20,6 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// In `$XDG_RUNTIME_DIR`, else the temporary directory, else `/tmp`: the first that is ours to
-    /// use and whose path is short enough for sockets. May be memory: no place for large files.
-    ///
-    /// # Errors
-    /// A host [`Fault`] when no directory can be made.
-    pub fn new() -> Result<Self> {
-        Self::under(&default_base())
-    }
-
     /// In `base`, which is made where it is missing: for disks, the cache directory.
     ///
     /// # Errors
@@ -66,14 +54,6 @@ impl Drop for Scratch {
         // What cannot be removed now is removed by a sweep.
         let _ = fs::remove_dir_all(&self.path);
     }
-}
-
-/// Removes what dead owners left where [`Scratch::new`] makes its directories; says how many.
-///
-/// # Errors
-/// As [`sweep_under`].
-pub fn sweep() -> Result<usize> {
-    sweep_under(&default_base())
 }
 
 /// Removes what dead owners left in `base`: directories of our name and of this user, no links.
@@ -119,21 +99,6 @@ fn claim(directory: &Path) -> Option<File> {
     let locked = files::try_lock(&file).ok()?;
     let current = file.metadata().ok().zip(fs::symlink_metadata(&path).ok());
     (locked && current.is_some_and(|(a, b)| same(&a, &b))).then_some(file)
-}
-
-fn default_base() -> PathBuf {
-    let candidates = [std::env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from), Some(std::env::temp_dir())];
-    choose(candidates.into_iter().flatten())
-}
-
-fn choose(candidates: impl IntoIterator<Item = PathBuf>) -> PathBuf {
-    let usable = |base: &PathBuf| {
-        base.is_absolute()
-            && base.as_os_str().len() <= LONGEST_BASE
-            && base.is_dir()
-            && rustix::fs::access(base, rustix::fs::Access::WRITE_OK).is_ok()
-    };
-    candidates.into_iter().find(usable).unwrap_or_else(|| PathBuf::from("/tmp"))
 }
 
 fn prefix() -> String {
@@ -211,14 +176,6 @@ mod tests {
         symlink(target.path().join("made"), path.join(LOCK)).expect("links");
         assert_eq!(sweep_under(base.path()).expect("sweeps"), 0);
         assert!(!target.path().join("made").exists());
-    }
-
-    #[test]
-    fn a_base_too_long_for_sockets_is_passed_over() {
-        let base = base();
-        let long = base.path().join("x".repeat(LONGEST_BASE));
-        fs::create_dir(&long).expect("makes");
-        assert_eq!(choose([long, "relative".into(), base.path().to_owned()]), base.path());
     }
 
     #[test]

@@ -57,29 +57,48 @@ impl Marker {
     }
 }
 
+/// What a [`sweep`] came to.
+#[derive(Debug, Default)]
+pub struct Swept {
+    /// The records that it added.
+    pub added: Vec<Record>,
+    /// Those that it could not write, for the next sweep: the marker of each, and why.
+    pub left: Vec<(PathBuf, anyhow::Error)>,
+}
+
 /// Completes the records of scenarios whose process died: each gets `record.json` and its ledger
-/// line, `interrupted` where there was no outcome yet. Returns what it added; a few milliseconds.
-/// Of a process that was killed while it forked, the child may hold the locks a moment longer; such
-/// a scenario is left to the next sweep.
+/// line, `interrupted` where there was no outcome yet. Takes a few milliseconds. Of a process that was
+/// killed while it forked, the child may hold the locks a moment longer; such a scenario is left to
+/// the next sweep.
 ///
 /// # Errors
-/// A host [`Fault`](crate::fault::Fault) when the log root or a ledger cannot be written; what is
-/// left is for the next sweep.
-pub fn sweep(log_root: &Path) -> Result<Vec<Record>> {
+/// A host [`Fault`](crate::fault::Fault) when the log root cannot be read or locked. A ledger of a
+/// dead run that cannot be written is no error: it must not cost the runs that come after.
+pub fn sweep(log_root: &Path) -> Result<Swept> {
     let running = log_root.join(RUNNING);
     if !fs::read_dir(&running).is_ok_and(|mut entries| entries.next().is_some()) {
-        return Ok(Vec::new());
+        return Ok(Swept::default());
     }
     let _lock = RootLock::take(log_root)?;
-    let mut added = Vec::new();
+    let mut swept = Swept::default();
     for entry in fs::read_dir(&running).with_context(|| files::cannot("read", &running))? {
         let path = entry.with_context(|| files::cannot("read", &running))?.path();
-        let file = files::lock_file(&path).with_context(|| files::cannot("lock", &path))?;
-        if files::try_lock(&file).with_context(|| files::cannot("lock", &path))? {
-            added.extend(bury(&path)?);
-            files::remove(&path)?;
+        match sweep_marker(&path) {
+            Ok(added) => swept.added.extend(added),
+            Err(error) => swept.left.push((path, error)),
         }
     }
+    Ok(swept)
+}
+
+/// Buries the owner of this marker if it is dead. The marker goes only once all is written.
+fn sweep_marker(path: &Path) -> Result<Option<Record>> {
+    let file = files::lock_file(path).with_context(|| files::cannot("lock", path))?;
+    if !files::try_lock(&file).with_context(|| files::cannot("lock", path))? {
+        return Ok(None);
+    }
+    let added = bury(path)?;
+    files::remove(path)?;
     Ok(added)
 }
 

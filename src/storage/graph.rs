@@ -96,7 +96,7 @@ struct Report {
 }
 
 impl Graph {
-    /// Reads what the commands of [`LOOK`] printed.
+    /// Reads what the commands of `LOOK` printed.
     ///
     /// # Errors
     /// A host [`Fault`] when that is not what these programs print.

@@ -166,6 +166,23 @@ fn an_endless_talker_is_killed() {
     });
 }
 
+#[test]
+fn who_prints_without_end_is_killed_before_memory_is_full() {
+    everywhere(|connection| {
+        for to in ["", " >&2"] {
+            let dir = tempfile::tempdir().expect("temp dir");
+            let pid = dir.path().join("pid");
+            let line = format!("echo $$ >{}; exec yes{to}", pid.display());
+            let error = connection.run(line.into(), &ample()).expect_err("prints without end");
+            assert!(matches!(error, ConnectionError::TooMuch { .. }), "{error}");
+            let text = error.to_string();
+            assert!(text.contains("more than 64 MiB") && text.contains("`Cmd::on_output`"), "{text}");
+            assert_dead(&fs::read_to_string(pid).expect("it ran"));
+            assert_eq!(run(connection, "echo usable").text(), "usable\n");
+        }
+    });
+}
+
 fn assert_dead(pids: &str) {
     let end = ample();
     for pid in pids.lines() {

@@ -2,6 +2,7 @@
 
 use super::support::{Ended, Place, cargo, ended, finish, signal, wait};
 use rustix::process::Signal;
+use std::path::Path;
 use std::process::Child;
 
 struct Run {
@@ -158,8 +159,13 @@ fn help_tells_of_markers() {
 
 /// Starts the two scenarios that wait for Ctrl-C, one after the other, and waits for the first.
 fn start_interrupted(place: &Place) -> Child {
+    start_interrupted_with(place, &place.path("ledger.jsonl"))
+}
+
+fn start_interrupted_with(place: &Place, ledger: &Path) -> Child {
     let flag = place.path("flag");
     let mut command = place.command("selftest", &["interrupted", "--include-ignored", "--test-threads", "1"]);
+    command.env("BOOT_IMAGE_VM_LEDGER_PATH", ledger);
     let child = command.env("SELFTEST_FLAG", &flag).spawn().expect("starts");
     wait("the scenario begins", || flag.exists());
     child
@@ -167,10 +173,13 @@ fn start_interrupted(place: &Place) -> Child {
 
 #[test]
 fn a_signal_ends_what_runs_and_what_has_not_begun() {
-    for number in [Signal::INT, Signal::TERM] {
+    // The last as `timeout` does it: the child and at once its group, which is the child again.
+    for numbers in [&[Signal::INT][..], &[Signal::TERM], &[Signal::TERM, Signal::INT]] {
         let place = Place::new();
         let child = start_interrupted(&place);
-        signal(&child, number);
+        for number in numbers {
+            signal(&child, *number);
+        }
         let run = ended(child.wait_with_output().expect("ends"));
         assert_eq!(run.code, Some(130), "{run:?}");
         assert!(run.out.contains("---- interrupted_a ----\ninterrupted: interrupted"), "{}", run.out);
@@ -191,6 +200,21 @@ fn a_killed_run_is_on_record_after_the_next() {
         place.outcomes(),
         ["group::passes_slowly: passed", "interrupted_a: interrupted", "passes: passed"]
     );
+}
+
+#[test]
+fn a_killed_run_whose_ledger_is_gone_stops_no_other() {
+    let place = Place::new();
+    let lost = place.path("lost");
+    let mut child = start_interrupted_with(&place, &lost.join("ledger.jsonl"));
+    child.kill().and_then(|()| child.wait()).expect("is killed");
+    std::fs::write(&lost, "no directory any more").expect("writes");
+    for _ in 0..2 {
+        let run = place.run("selftest", &["passes"], &[]);
+        assert_eq!(run.code, Some(0), "{run:?}");
+        assert_eq!(run.err.matches("could not be put on record: 1 in all").count(), 1, "{}", run.err);
+    }
+    assert_eq!(place.records().len(), 4, "both runs are in their own ledger");
 }
 
 /// What nextest does, without nextest: <https://nexte.st/docs/design/custom-test-harnesses/>.

@@ -24,6 +24,10 @@ pub(super) enum Ended {
         stop: Stop,
         killed: bool,
     },
+    /// It printed more than can be kept.
+    TooMuch {
+        killed: bool,
+    },
     /// The source of standard input failed; the command was not left with half of it.
     Input {
         source: io::Error,
@@ -55,6 +59,7 @@ pub(super) fn run(
     };
     match failure {
         Failure::Link(LinkError::Stop(stop)) => Ended::Stopped { stop, killed: running.kill(link) },
+        Failure::TooMuch => Ended::TooMuch { killed: running.kill(link) },
         Failure::Input(source) => Ended::Input { source, killed: running.kill(link) },
         Failure::Link(error) => Ended::Lost(error.to_string()),
     }
@@ -62,6 +67,7 @@ pub(super) fn run(
 
 enum Failure {
     Link(LinkError),
+    TooMuch,
     Input(io::Error),
 }
 
@@ -112,6 +118,9 @@ impl<'a> Running<'a> {
             let received = self.receive(collector)?;
             if received {
                 link.heard();
+            }
+            if collector.overflowed() {
+                return Err(Failure::TooMuch);
             }
             let sent = self.send()?;
             // End-of-file alone is no end: a command may close its output and read on.

@@ -107,6 +107,7 @@ fn try_once(
         command::Ended::Exit(Exit::Code(0)) => Ok(Attempt::Usable(link)),
         command::Ended::Exit(exit) => Err(problem(format!("`true` ended with {exit}"))),
         command::Ended::Stopped { stop, .. } => Err(problem(format!("`true` did not end: {stop}"))),
+        command::Ended::TooMuch { .. } => Err(problem("`true` printed without end".into())),
         command::Ended::Input { source, .. } => Err(source.into()),
         command::Ended::Lost(what) => Err(problem(what)),
     }

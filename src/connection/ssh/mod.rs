@@ -154,6 +154,7 @@ impl Connection for Ssh {
         let (result, whole) = match ended {
             Ended::Exit(exit) => (Ok(collector.finish(exit)), true),
             Ended::Stopped { stop, killed } => (Err(stopped(line, stop)), killed),
+            Ended::TooMuch { killed } => (Err(Collector::too_much(line, self.peer())), killed),
             Ended::Input { source, killed } => (
                 Err(ConnectionError::Host { what: "cannot read what the command is to get".into(), source }),
                 killed,

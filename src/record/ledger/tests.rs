@@ -107,6 +107,20 @@ fn a_torn_line_is_reported_and_set_aside_by_the_next() {
 }
 
 #[test]
+fn it_is_its_owners_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir().expect("temp dir");
+    let path = directory.path().join("ledger.jsonl");
+    append(&path, &[record("a", 1)]).expect("appends");
+    File::options().append(true).open(&path).expect("opens").write_all(b"{\"torn").expect("writes");
+    append(&path, &[record("b", 1)]).expect("appends");
+    for path in [path.clone(), path.with_extension("jsonl.torn")] {
+        let mode = path.metadata().expect("exists").permissions().mode() & 0o777;
+        assert_eq!(mode, 0o600, "{}", path.display());
+    }
+}
+
+#[test]
 fn a_ledger_of_nothing_but_a_torn_line_begins_anew() {
     let (_directory, path) = ledger("{");
     append(&path, &[record("a", 1)]).expect("writes");

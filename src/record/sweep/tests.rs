@@ -23,7 +23,7 @@ fn die(evidence: Evidence) -> PathBuf {
 /// The one record that a sweep adds for a dead scenario.
 fn sweep_one(log_root: &Path) -> Record {
     let added =
-        files::eventually(|| Some(sweep(log_root).expect("sweeps")).filter(|added| !added.is_empty()));
+        files::eventually(|| Some(sweep(log_root).expect("sweeps").added).filter(|added| !added.is_empty()));
     let [record] = <[Record; 1]>::try_from(added).expect("one record");
     record
 }
@@ -43,12 +43,12 @@ fn log_root(run: &Run) -> &Path {
 #[test]
 fn the_living_are_left_alone() {
     let root = temp();
-    assert!(sweep(root.path()).expect("nothing there").is_empty());
+    assert!(sweep(root.path()).expect("nothing there").added.is_empty());
     let run = run(root.path());
     let evidence = run.scenario("a", &[]).expect("begins");
-    assert!(sweep(log_root(&run)).expect("sweeps").is_empty());
+    assert!(sweep(log_root(&run)).expect("sweeps").added.is_empty());
     evidence.finish(Outcome::Passed, None).expect("is recorded");
-    assert!(sweep(log_root(&run)).expect("sweeps").is_empty());
+    assert!(sweep(log_root(&run)).expect("sweeps").added.is_empty());
     assert_eq!(markers(log_root(&run)), 0);
 }
 
@@ -67,7 +67,7 @@ fn the_dead_are_recorded_once_as_interrupted() {
     assert_eq!(files::read_json::<Record>(&directory.join("record.json")).expect("reads"), record);
     let metadata: Metadata = files::read_json(&directory.join("metadata.json")).expect("reads");
     assert_eq!(metadata.outcome, Some(Outcome::Interrupted));
-    assert!(sweep(log_root(&run)).expect("sweeps").is_empty());
+    assert!(sweep(log_root(&run)).expect("sweeps").added.is_empty());
     assert_eq!(ledger::check(run.ledger().expect("is on")).expect("opens"), []);
 }
 
@@ -92,7 +92,7 @@ fn a_death_at_any_step_of_the_end_leaves_one_line() {
         }
         die(evidence);
         let added: usize = files::eventually(|| {
-            let added = sweep(log_root(&run)).expect("sweeps").len();
+            let added = sweep(log_root(&run)).expect("sweeps").added.len();
             (markers(log_root(&run)) == 0).then_some(added)
         });
         assert_eq!(added, usize::from(!listed));
@@ -103,6 +103,29 @@ fn a_death_at_any_step_of_the_end_leaves_one_line() {
 }
 
 #[test]
+fn a_ledger_that_cannot_be_written_any_more_stops_nobody() {
+    let root = temp();
+    let start = |ledger: &str| {
+        let vars = [("BOOT_IMAGE_VM_LEDGER_PATH".into(), ledger.into())];
+        Run::start_in(Environment::from_vars(vars, root.path()).expect("reads"), None).expect("starts")
+    };
+    let (lost, sound) = (start("lost"), start("sound.jsonl"));
+    die(lost.scenario("lost", &[]).expect("begins"));
+    die(sound.scenario("kept", &[]).expect("begins"));
+    fs::create_dir(root.path().join("lost")).expect("no ledger any more");
+    let left = files::eventually(|| {
+        let left = sweep(log_root(&lost)).expect("sweeps all the same").left;
+        (markers(log_root(&lost)) == 1).then_some(left)
+    });
+    assert_eq!(ledger_of(&sound)[0].scenario, "kept");
+    let [(marker, error)] = &left[..] else { panic!("one is left: {left:?}") };
+    assert!(marker.exists() && format!("{error:#}").contains("lost"), "{error:#}");
+    fs::remove_dir(root.path().join("lost")).expect("removes");
+    assert_eq!(sweep_one(log_root(&lost)).scenario, "lost", "once it can be written");
+    assert_eq!(ledger_of(&lost).len(), 1);
+}
+
+#[test]
 fn what_somebody_removed_or_tore_is_forgotten() {
     let root = temp();
     let run = run(root.path());
@@ -110,7 +133,7 @@ fn what_somebody_removed_or_tore_is_forgotten() {
     fs::remove_dir_all(gone).expect("removes");
     fs::write(log_root(&run).join(RUNNING).join("torn"), "{").expect("writes");
     files::eventually(|| {
-        assert!(sweep(log_root(&run)).expect("sweeps").is_empty());
+        assert!(sweep(log_root(&run)).expect("sweeps").added.is_empty());
         (markers(log_root(&run)) == 0).then_some(())
     });
 }
@@ -129,7 +152,7 @@ fn a_killed_process_is_found_dead() {
     let begun = output.lines().any(|line| line.expect("reads").contains("scenario begun"));
     assert!(begun, "the child says when it is there");
     let log_root = root.path().join("notes");
-    assert!(sweep(&log_root).expect("sweeps").is_empty(), "it lives");
+    assert!(sweep(&log_root).expect("sweeps").added.is_empty(), "it lives");
     child.kill().expect("kills");
     child.wait().expect("is reaped");
     let record = sweep_one(&log_root);
