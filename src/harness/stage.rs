@@ -88,16 +88,20 @@ impl Run {
             for dead in swept.added {
                 eprintln!("note: `{}` of run {} died and is now on record", dead.scenario, dead.run_id);
             }
-            if let [(marker, error), others @ ..] = &swept.left[..] {
+            let run = record::Run::start(self.environment.clone())?;
+            // Under nextest by the first process alone.
+            if let [(marker, error), others @ ..] = &swept.left[..]
+                && !run.joined()
+            {
                 eprintln!(
-                    "warning: scenarios that died before this run could not be put on record: {} in all. Removing {} \
-                     gives the first of them up\n{}",
+                    "warning: scenarios that died before this run could not be put on record: {} in all. \
+                     Removing {} gives the first of them up\n{}",
                     others.len() + 1,
                     marker.display(),
                     verdict::explain(error)
                 );
             }
-            record::Run::start(self.environment.clone())
+            Ok(run)
         })
     }
 
