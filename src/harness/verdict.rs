@@ -102,8 +102,9 @@ fn interrupted(error: &Error) -> bool {
     is(error.downcast_ref()) || error.chain().any(|cause| is(cause.downcast_ref()))
 }
 
-const FULL: &str = "Fix: free space on that file system (`shakedown image prune` helps where it is the cache's), or set \
-                    BOOT_IMAGE_VM_LOG_ROOT or SHAKEDOWN_CACHE to a place that has it";
+const FULL: &str = "Fix: free space on that file system (where it is the cache's: `shakedown template prune --older-than 0s`, and the \
+                    same for `image`; old directories in notes/ may be deleted), or set BOOT_IMAGE_VM_LOG_ROOT or SHAKEDOWN_CACHE \
+                    to a place that has it";
 
 fn is_full(cause: &(dyn std::error::Error + 'static)) -> bool {
     cause.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::StorageFull)
