@@ -3,6 +3,10 @@
 //! Every child is its own process group, dies with this process by `PR_SET_PDEATHSIG`, and is
 //! killed with its group and reaped on drop and on Ctrl-C. Does not know what the children do.
 
+mod other;
+
+pub use other::Other;
+
 use crate::deadline::{Deadline, Stop};
 use crate::fault::Fault;
 use anyhow::{Context, Result};

@@ -51,7 +51,7 @@ impl Debugger {
             verdict.outcome,
             verdict.message,
             shown(evidence).display(),
-            running.id
+            running.id()
         );
         while !process::interrupted() && !vm.ended() {
             match process::wait_readable(io::stdin(), Duration::from_millis(200)) {

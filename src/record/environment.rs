@@ -96,6 +96,9 @@ pub const VARIABLES: [Variable; 12] = [
     },
 ];
 
+/// No setting: the mark by which an agent finds the processes of its jobs. These may be of ours, too.
+pub const JOB_MARK: &str = "SHAKEDOWN_JOB";
+
 /// What the names of our variables start with.
 pub const PREFIXES: [&str; 2] = ["BOOT_IMAGE_VM_", "SHAKEDOWN_"];
 
@@ -176,7 +179,7 @@ fn ours(vars: impl IntoIterator<Item = (OsString, OsString)>) -> Result<BTreeMap
     let mut found = BTreeMap::new();
     for (name, value) in vars {
         let name = name.to_string_lossy();
-        if !PREFIXES.iter().any(|prefix| name.starts_with(prefix)) {
+        if name == JOB_MARK || !PREFIXES.iter().any(|prefix| name.starts_with(prefix)) {
             continue;
         }
         let Some(variable) = VARIABLES.iter().find(|variable| variable.name == name) else {
@@ -244,6 +247,7 @@ mod tests {
         assert_eq!(environment.log_root, Path::new("/project/notes"));
         assert_eq!(environment.ledger.as_deref(), Some(Path::new("/project/notes/vm-run-ledger.jsonl")));
         assert!(environment.overrides.is_empty());
+        assert_eq!(read(&[(JOB_MARK, "1/test")]).expect("a job may run us"), environment);
     }
 
     #[test]

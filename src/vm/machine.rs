@@ -35,6 +35,7 @@ use std::time::Duration;
 
 mod end;
 mod fork;
+mod forward;
 
 pub(crate) use end::Death;
 pub(super) use fork::Stopped;

@@ -11,6 +11,7 @@ pub mod qemu;
 pub mod qmp;
 pub mod register;
 mod screen;
+pub mod size;
 pub mod spec;
 pub mod template;
 

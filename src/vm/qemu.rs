@@ -185,6 +185,14 @@ impl Watch {
             .then(|| format!("QEMU (process {}) has ended", self.pid))
     }
 
+    /// Waits until it has ended or `timeout` has passed; false in the latter case.
+    ///
+    /// # Errors
+    /// When the system cannot tell.
+    pub fn wait(&self, timeout: Duration) -> Result<bool> {
+        process::wait_readable(&self.pidfd, timeout)
+    }
+
     /// Ends it. Through the descriptor, so that never another process is hit.
     pub fn kill(&self) {
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);

@@ -5,30 +5,22 @@
 //! given to another process means nothing. Dead entries are swept with the other scratch directories.
 
 use super::machine::Launch;
-use crate::deadline::Deadline;
 use crate::fault::Fault;
-use crate::process::{self, quote};
+use crate::process::{Other, quote};
 use crate::record::Scratch;
 use crate::record::files::{read_json, write_json};
 use crate::record::metadata::{BootKind, Utc};
 use anyhow::{Context, Result};
-use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
-
 const FILE: &str = "machine.json";
-/// The kernel takes its time to tear down a gigabyte.
-const END: Duration = Duration::from_secs(10);
 
 /// A machine, as others see it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Running {
-    /// QEMU's process id, by which one names the machine.
-    pub id: u32,
-    /// When that process started, in clock ticks since the host did: proc_pid_stat(5), field 22.
-    pub start_ticks: u64,
+    /// QEMU; by its id one names the machine.
+    #[serde(flatten)]
+    pub process: Other,
     /// The process that it belongs to.
     pub owner: u32,
     /// Since when it runs.
@@ -75,8 +67,7 @@ impl Entry {
             key: launch.key.file().map(Path::to_owned),
         };
         let running = Running {
-            id: qemu,
-            start_ticks: start_ticks(qemu).unwrap_or_default(),
+            process: Other::with_id(qemu).unwrap_or(Other { id: qemu, start_ticks: 0 }),
             owner: std::process::id(),
             since: Utc::now(),
             run_id: metadata.run_id,
@@ -104,15 +95,15 @@ pub fn list(cache: &Path) -> Result<Vec<Running>> {
     };
     // An entry may vanish while we look.
     let read = |entry: std::io::Result<std::fs::DirEntry>| read_json(&entry.ok()?.path().join(FILE)).ok();
-    let mut list: Vec<Running> = entries.filter_map(read).filter(Running::lives).collect();
-    list.sort_by_key(|running| (running.since, running.id));
+    let mut list: Vec<Running> = entries.filter_map(read).filter(|running: &Running| running.process.lives()).collect();
+    list.sort_by_key(|running| (running.since, running.id()));
     Ok(list)
 }
 
 impl Running {
-    /// Whether it still runs.
-    fn lives(&self) -> bool {
-        start_ticks(self.id) == Some(self.start_ticks)
+    /// The number by which one names it.
+    pub fn id(&self) -> u32 {
+        self.process.id
     }
 
     /// Ends it, whoever it belongs to; that one sees its machine die. False when it had ended.
@@ -120,25 +111,7 @@ impl Running {
     /// # Errors
     /// A host [`Fault`] when the system refuses, and when it does not end.
     pub fn kill(&self) -> Result<bool> {
-        let cannot = || Fault::host(format!("cannot end machine {}", self.id));
-        let Some(pid) = i32::try_from(self.id).ok().and_then(Pid::from_raw) else { return Ok(false) };
-        let process = match pidfd_open(pid, PidfdFlags::empty()) {
-            Err(Errno::SRCH) => return Ok(false),
-            process => process.with_context(cannot)?,
-        };
-        // Looked at only now: the descriptor stays with the process, the number may not.
-        if !self.lives() {
-            return Ok(false);
-        }
-        match pidfd_send_signal(&process, Signal::KILL) {
-            Err(Errno::SRCH) => return Ok(false),
-            sent => sent.with_context(cannot)?,
-        }
-        let deadline = Deadline::after(END, "the end of a killed process");
-        while !process::wait_readable(&process, deadline.slice(Duration::from_millis(200)))? {
-            deadline.check().with_context(cannot)?;
-        }
-        Ok(true)
+        self.process.kill().with_context(|| Fault::host(format!("cannot end machine {}", self.id())))
     }
 
     /// A command line that leads into it, for a person with an SSH client. The host key is new with
@@ -154,20 +127,10 @@ impl Running {
     }
 }
 
-/// When a process started; `None` when there is none, or only its exit status.
-fn start_ticks(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name before may hold anything; field 3 is the first after it.
-    let (_, rest) = stat.rsplit_once(')')?;
-    let mut fields = rest.split_whitespace();
-    let state = fields.next()?;
-    let ticks = fields.nth(18)?.parse().ok()?;
-    (!matches!(state, "Z" | "X")).then_some(ticks)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::process;
     use std::process::Command;
 
     /// A process in the place of a QEMU, and its entry below `cache`.
@@ -176,8 +139,7 @@ mod tests {
         sleep.arg("1000");
         let child = process::spawn(sleep).expect("starts");
         let running = Running {
-            id: child.id(),
-            start_ticks: start_ticks(child.id()).expect("runs"),
+            process: Other::with_id(child.id()).expect("runs"),
             owner: std::process::id(),
             since: Utc::now(),
             run_id: "run".into(),
@@ -192,7 +154,7 @@ mod tests {
     }
 
     fn enter(cache: &Path, running: &Running) {
-        let directory = cache.join("machines").join(format!("{}-{}", running.id, running.start_ticks));
+        let directory = cache.join("machines").join(format!("{}-{}", running.id(), running.process.start_ticks));
         std::fs::create_dir_all(&directory).expect("makes");
         write_json(&directory.join(FILE), running).expect("writes");
     }
@@ -214,7 +176,8 @@ mod tests {
     fn a_number_that_was_given_to_another_process_is_not_killed() {
         let cache = tempfile::tempdir().expect("temp dir");
         let (mut child, running) = machine(cache.path());
-        let stale = Running { start_ticks: running.start_ticks - 1, ..running.clone() };
+        let process = Other { start_ticks: running.process.start_ticks - 1, ..running.process };
+        let stale = Running { process, ..running.clone() };
         enter(cache.path(), &stale);
         assert_eq!(list(cache.path()).expect("reads"), [running]);
         assert!(!stale.kill().expect("is not that one"));

@@ -48,7 +48,7 @@ fn table(list: &[Running]) -> Table<6> {
     let mut table = Table::new(["ID", "FOR", "IMAGE", "STARTED", "SSH PORT", "EVIDENCE"]);
     for running in list {
         table.row([
-            running.id.to_string().into(),
+            running.id().to_string().into(),
             running.scenario.as_str().into(),
             running.image.as_str().into(),
             ago(running.since.into()).into(),
@@ -62,17 +62,17 @@ fn table(list: &[Running]) -> Table<6> {
 impl Kill {
     pub(super) fn run(&self) -> Result<Verdict> {
         let list = register::list(&host::cache_dir()?)?;
-        let unknown = self.ids.iter().find(|id| !list.iter().any(|running| running.id == **id));
+        let unknown = self.ids.iter().find(|id| !list.iter().any(|running| running.id() == **id));
         if let Some(id) = unknown {
             return Err(Fault::host(format!("no machine {id} runs"))
                 .fix("`shakedown vm list` shows them")
                 .into());
         }
         let mut ended = 0;
-        for running in list.iter().filter(|running| self.all || self.ids.contains(&running.id)) {
+        for running in list.iter().filter(|running| self.all || self.ids.contains(&running.id())) {
             if running.kill()? {
                 ended += 1;
-                terminal::print(&format!("ended {} ({})\n", running.id, running.scenario))?;
+                terminal::print(&format!("ended {} ({})\n", running.id(), running.scenario))?;
             }
         }
         if ended == 0 {

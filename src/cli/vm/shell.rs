@@ -42,7 +42,7 @@ impl Shell {
         let keys = own(io::stdin().as_fd().try_clone_to_owned())?;
         let screen = own(io::stdout().as_fd().try_clone_to_owned())?;
         self.machine.with("vm-shell", self.timeout, |vm| {
-            let id = vm.running().id;
+            let id = vm.running().id();
             terminal::say(&format!("Machine {id}. Ctrl-] leaves and ends it."));
             if let Some(line) = vm.running().ssh_command() {
                 terminal::say(&format!("By SSH: {line}"));

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// The variable that carries the mark: `{job}/{phase}`.
-pub(super) const VARIABLE: &str = "SHAKEDOWN_JOB";
+pub(super) use crate::record::environment::JOB_MARK as VARIABLE;
 
 /// How long a process may take to end after SIGTERM.
 pub(super) const GRACE: Duration = Duration::from_secs(5);
