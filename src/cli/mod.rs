@@ -6,6 +6,7 @@
 mod agent;
 mod bench;
 mod demo;
+mod device;
 mod doctor;
 mod image;
 mod ledger;
@@ -47,6 +48,7 @@ enum Command {
     Plan(plan::Plan),
     Ledger(ledger::Ledger),
     Agent(agent::Agent),
+    Device(device::Device),
     Bench(bench::Bench),
 }
 
@@ -110,8 +112,8 @@ pub(crate) fn main() -> ExitCode {
     };
     // Here, because many subcommands read no setting, and a typo in one must not go unheard.
     let ready = environment::check_names().map_err(Into::into).and_then(|()| match &command {
-        // To it, the first signal says to end after the job.
-        Command::Agent(_) => Ok(()),
+        // These have their own ways to end.
+        Command::Agent(_) | Command::Device(_) => Ok(()),
         _ => process::handle_signals(),
     });
     let result = ready.and_then(|()| match command {
@@ -124,6 +126,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Ledger(ledger) => ledger.run(),
         Command::Bench(bench) => bench.run(),
         Command::Agent(agent) => Ok(Verdict::Status(agent.run())),
+        Command::Device(device) => Ok(Verdict::Status(device.run())),
     });
     match result {
         Ok(Verdict::Fine) => ExitCode::SUCCESS,

@@ -24,6 +24,8 @@ mod spool;
 mod survivors;
 
 pub use control::TERMINATED;
+pub(super) use phase::can_be_variable;
+pub(super) use place::append;
 
 use crate::deadline::Deadline;
 use crate::fault::Fault;
@@ -208,12 +210,7 @@ fn lock(config: &Config) -> Result<File> {
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir)
     };
     made().with_context(|| files::cannot("make", &dir))?;
-    let name: String = config
-        .agent_id
-        .chars()
-        .map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '_' })
-        .collect();
-    let path = dir.join(format!("{name}.lock"));
+    let path = dir.join(format!("{}.lock", super::file_name(&config.agent_id)));
     let file = files::lock_file(&path).with_context(|| files::cannot("open", &path))?;
     // An agent that is being replaced may need a moment to end.
     let deadline = Deadline::after(Duration::from_secs(5), "limit for the end of another agent of this name");

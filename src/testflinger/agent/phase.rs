@@ -180,7 +180,7 @@ impl Running<'_> {
 }
 
 /// `std` would panic at others.
-fn can_be_variable(name: &str, value: &str) -> bool {
+pub(in crate::testflinger) fn can_be_variable(name: &str, value: &str) -> bool {
     !name.is_empty() && !name.contains(['=', '\0']) && !value.contains('\0')
 }
 

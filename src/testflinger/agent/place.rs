@@ -187,7 +187,7 @@ fn copy_dir(from: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// Opens a file of a job to append to it: for its owner alone, as there may be secrets in it.
-pub(super) fn append(path: &Path) -> io::Result<File> {
+pub(in crate::testflinger) fn append(path: &Path) -> io::Result<File> {
     File::options().create(true).append(true).mode(0o600).open(path)
 }
 

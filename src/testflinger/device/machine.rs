@@ -1,0 +1,210 @@
+//! The machine of a job, as the phases find it: what the keeper wrote of it.
+//!
+//! Its record is below the cache directory, one for each agent, since jobs may remove what is in
+//! their run directory.
+
+use crate::fault::Fault;
+use crate::process::Other;
+use crate::record::{files, scratch};
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long a keeper may take to end with its machine. It takes a tenth of a second.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// For `ssh -F`, in the run directory.
+const SSH_CONFIG: &str = "device-ssh-config";
+
+/// A machine and its keeper.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(super) struct Machine {
+    /// The job that it is for.
+    pub(super) job: String,
+    pub(super) keeper: Other,
+    /// `None` until it can be used.
+    pub(super) way: Option<Way>,
+    /// Why it has ended, when nobody asked it to.
+    pub(super) died: Option<String>,
+}
+
+/// The way in.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Way {
+    /// On loopback.
+    pub(super) ip: Ipv4Addr,
+    pub(super) port: u16,
+    /// An account with root's rights; root's own is there as well.
+    pub(super) user: String,
+    /// The private key that opens both.
+    pub(super) key: PathBuf,
+    /// The socket of an ssh-agent(1) that has the key.
+    pub(super) ssh_agent: Option<PathBuf>,
+    /// What the serial console prints.
+    pub(super) serial: PathBuf,
+}
+
+impl Machine {
+    /// The machine that an agent has, or had.
+    pub(super) fn find(cache: &Path, agent: &str) -> Option<Self> {
+        files::read_json(&file(cache, agent)).ok()
+    }
+
+    pub(super) fn save(&self, cache: &Path, agent: &str) -> Result<()> {
+        let file = file(cache, agent);
+        let directory = file.parent().unwrap_or(cache);
+        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
+        made.with_context(|| files::cannot("make", directory))?;
+        files::write_json(&file, self)
+    }
+
+    pub(super) fn forget(cache: &Path, agent: &str) -> Result<()> {
+        files::remove(&file(cache, agent))
+    }
+
+    /// Ends the machine that an agent has, whatever it does, and says of which job it was.
+    ///
+    /// # Errors
+    /// A host [`Fault`] when it does not end.
+    pub(super) fn end(cache: &Path, agent: &str) -> Result<Option<String>> {
+        let Some(machine) = Self::find(cache, agent) else { return Ok(None) };
+        machine.keeper.end(PATIENCE).context(Fault::host("the keeper of a machine does not end"))?;
+        Self::forget(cache, agent)?;
+        // What a keeper leaves that was killed.
+        scratch::sweep_under(&cache.join("machines"))?;
+        Ok(Some(machine.job))
+    }
+
+    /// Why it is there no more.
+    pub(super) fn ended(&self) -> Option<String> {
+        let killed = || (!self.keeper.lives()).then(|| "its keeper was killed".to_owned());
+        self.died.clone().or_else(killed)
+    }
+
+    /// Writes down for the agent and for users how to reach it.
+    pub(super) fn introduce(&self, agent: &str, rundir: &Path) -> Result<()> {
+        let Some(way) = &self.way else { return Ok(()) };
+        let info = json!({"device_ip": way.ip, "device_port": way.port, "agent_name": agent});
+        files::write_json(&rundir.join("device-info.json"), &json!({"device_info": info}))?;
+        files::replace(&rundir.join(SSH_CONFIG), way.ssh_config().as_bytes())
+    }
+}
+
+impl Way {
+    fn ssh_config(&self) -> String {
+        let Self { ip, port, user, key, .. } = self;
+        // The host key is that of every fork, so it proves nothing; the connection stays on this host.
+        format!(
+            "Host device {ip}\n  HostName {ip}\n  Port {port}\n  User {user}\n  IdentityFile \"{}\"\n  \
+             IdentitiesOnly yes\n  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n",
+            key.display()
+        )
+    }
+
+    /// What the script of a job finds in its environment.
+    pub(super) fn environment(&self, rundir: &Path) -> Vec<(&'static str, String)> {
+        let mut variables = vec![
+            ("DEVICE_PORT", self.port.to_string()),
+            ("DEVICE_USER", self.user.clone()),
+            ("DEVICE_SSH_CONFIG", rundir.join(SSH_CONFIG).to_string_lossy().into_owned()),
+        ];
+        if !self.is_trap() {
+            variables.push(("DEVICE_IP", self.ip.to_string()));
+        }
+        let socket = self.ssh_agent.as_ref().map(|socket| socket.to_string_lossy().into_owned());
+        variables.extend(socket.map(|socket| ("SSH_AUTH_SOCK", socket)));
+        variables
+    }
+
+    /// Whether `ssh` to the address, without a port, would reach somebody else: this host itself. A
+    /// script that wipes its device would wipe the host.
+    pub(super) fn is_trap(&self) -> bool {
+        const SSH: u16 = 22;
+        let other = SocketAddrV4::new(self.ip, SSH).into();
+        self.port != SSH && TcpStream::connect_timeout(&other, Duration::from_secs(1)).is_ok()
+    }
+
+    /// A command line that leads in, from the run directory.
+    pub(super) fn command(&self) -> String {
+        format!("ssh -F {SSH_CONFIG} device")
+    }
+
+    /// A command line that leads in from elsewhere, for those who can log in to this host.
+    pub(super) fn command_from_afar(&self) -> String {
+        let host = rustix::system::uname();
+        format!("ssh -J {} -p {} {}@{}", host.nodename().to_string_lossy(), self.port, self.user, self.ip)
+    }
+}
+
+fn file(cache: &Path, agent: &str) -> PathBuf {
+    cache.join("devices").join(format!("{}.json", crate::testflinger::file_name(agent)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process;
+    use std::process::Command;
+
+    fn way() -> Way {
+        Way {
+            ip: Ipv4Addr::new(127, 64, 1, 2),
+            port: 22,
+            user: "ubuntu".into(),
+            key: "/k y/id".into(),
+            ssh_agent: None,
+            serial: "/serial.log".into(),
+        }
+    }
+
+    fn sleeper() -> (process::Child, Machine) {
+        let mut sleep = Command::new("sleep");
+        sleep.arg("1000");
+        let child = process::spawn(sleep).expect("starts");
+        let keeper = Other::with_id(child.id()).expect("runs");
+        (child, Machine { job: "j1".into(), keeper, way: Some(way()), died: None })
+    }
+
+    #[test]
+    fn it_is_found_by_its_agent_and_ended_once() {
+        let cache = tempfile::tempdir().expect("temp dir");
+        let (_child, machine) = sleeper();
+        assert_eq!(Machine::find(cache.path(), "a/1"), None);
+        machine.save(cache.path(), "a/1").expect("writes");
+        assert_eq!(Machine::find(cache.path(), "a/1"), Some(machine.clone()));
+        assert_eq!((Machine::find(cache.path(), "a2"), machine.ended()), (None, None));
+        assert_eq!(Machine::end(cache.path(), "a/1").expect("ends").as_deref(), Some("j1"));
+        assert_eq!(machine.ended().as_deref(), Some("its keeper was killed"));
+        assert_eq!(Machine::end(cache.path(), "a/1").expect("nothing to do"), None);
+        assert_eq!(std::fs::read_dir(cache.path().join("devices")).expect("reads").count(), 0);
+    }
+
+    #[test]
+    fn agents_and_users_read_the_way_in() {
+        let rundir = tempfile::tempdir().expect("temp dir");
+        let (_child, machine) = sleeper();
+        machine.introduce("a1", rundir.path()).expect("writes");
+        let read = |name: &str| std::fs::read_to_string(rundir.path().join(name)).expect("reads");
+        let info: serde_json::Value = serde_json::from_str(&read("device-info.json")).expect("JSON");
+        let expected = json!({"device_ip": "127.64.1.2", "device_port": 22, "agent_name": "a1"});
+        assert_eq!(info, json!({"device_info": expected}));
+        let config = read(SSH_CONFIG);
+        assert!(config.contains("IdentityFile \"/k y/id\"") && config.starts_with("Host device 127.64.1.2\n"));
+    }
+
+    #[test]
+    fn a_script_is_not_led_to_the_host_itself() {
+        let way = Way { port: 4022, ..way() };
+        // As a server of this host would do it; only root may.
+        let Ok(_listener) = std::net::TcpListener::bind((way.ip, 22)) else { return };
+        assert!(way.is_trap());
+        assert!(way.environment(Path::new("/r")).iter().all(|(name, _)| *name != "DEVICE_IP"));
+        let free = Way { ip: Ipv4Addr::new(127, 64, 1, 3), ..way };
+        assert!(!free.is_trap());
+        assert!(free.environment(Path::new("/r")).contains(&("DEVICE_IP", "127.64.1.3".into())));
+    }
+}
