@@ -1,7 +1,7 @@
 //! How a phase fails: its exit status, and what the agent reads of it.
 
 use super::config::WrongConfig;
-use super::request::Refused;
+use super::request::{OwnImage, Refused};
 use crate::deadline::Stop;
 use crate::fault::{Blame, blame};
 use crate::record::files;
@@ -65,7 +65,8 @@ impl Failure {
 pub(super) fn code(phase: Phase, error: &Error) -> u8 {
     let stopped = error.chain().any(|link| link.is::<Stop>());
     let ours = phase == Phase::Provision && blame(error) == Some(Blame::Host) && !stopped;
-    if error.is::<WrongConfig>() || (ours && !error.is::<Refused>()) { RECOVERY } else { 1 }
+    let of_the_job = error.is::<Refused>() || error.is::<OwnImage>();
+    if error.is::<WrongConfig>() || (ours && !of_the_job) { RECOVERY } else { 1 }
 }
 
 #[cfg(test)]
@@ -86,6 +87,7 @@ mod tests {
             (Phase::Provision, host().context("booting"), 46),
             (Phase::Provision, host().context(Refused), 1),
             (Phase::Provision, host().context(Refused).context("the device ended early"), 1),
+            (Phase::Provision, host().context(OwnImage), 1),
             (Phase::Provision, Fault::machine("no login").into(), 1),
             (Phase::Provision, Error::new(expired).context(Fault::host("no free slot")), 1),
             (Phase::Provision, Error::new(Stop::Interrupted).context(Fault::host("stopped")), 1),

@@ -5,7 +5,7 @@
 
 use super::failure::{self, RECOVERY};
 use super::machine::Machine;
-use super::request::{self, Choice, blame_job};
+use super::request::{self, Choice, OwnImage, Refused};
 use super::ssh_agent::SshAgent;
 use super::{Call, Site, door};
 use crate::connection::KeyPair;
@@ -78,6 +78,14 @@ fn tell(word: &Word) -> Result<()> {
     out.write_all(&line).and_then(|()| out.flush()).context(Fault::host("nobody waits for the machine"))
 }
 
+/// What a job wants.
+pub(super) struct Wish {
+    choice: Choice,
+    environment: Environment,
+    settings: Settings,
+    needs: Needs,
+}
+
 /// Passes on what one waits for so long that one wants to know why.
 struct Herald;
 
@@ -102,26 +110,27 @@ impl Site {
         // Before the act: whoever ends the job must find us.
         machine.save(&self.cache, &self.agent)?;
         let user = request::user(&self.job, &self.config.user)?;
-        let (environment, settings, needs) = self.wants()?;
+        let Wish { choice, environment, settings, needs } = self.wish()?;
         let scratch = Scratch::under(&self.cache.join("machines"))?;
         let key = KeyPair::load_or_create(&self.cache.join("keys"))?;
         let ssh_agent = SshAgent::start(scratch.path(), &key)?;
         let errand = Errand { name: "device", needs, timeout: LIFE };
-        errand.run(environment, settings, Events::to(Herald), |vm| {
+        let kept = errand.run(environment, settings, Events::to(Herald), |vm| {
             let socket = ssh_agent.as_ref().map(|agent| agent.socket.clone());
             machine.way = Some(door::open(vm, user, socket)?);
             machine.save(&self.cache, &self.agent)?;
             tell(&Word::Ready)?;
             machine.died = stay(vm, &self.rundir)?;
             machine.save(&self.cache, &self.agent)
-        })
+        });
+        if choice.is_own() { kept.context(OwnImage) } else { kept }
     }
 
     /// The machine that the job asks for, and where its image comes from.
     ///
     /// # Errors
-    /// [`Refused`](request::Refused) in the chain when it is the job that makes no sense.
-    pub(super) fn wants(&self) -> Result<(Environment, Settings, Needs)> {
+    /// [`Refused`] in the chain when it is the job that makes no sense.
+    pub(super) fn wish(&self) -> Result<Wish> {
         let choice = request::image(&self.job, &self.rundir.join("attachments/provision"))?;
         let project = self.config.project.as_deref();
         let settings = project.map_or(Ok(Settings::default()), read_settings)?;
@@ -149,13 +158,13 @@ impl Site {
         let known = match &choice {
             // What the operator chose is wrong for every job.
             Choice::Default => images.check(needs.image),
-            Choice::Named(_) => blame_job(images.check(needs.image)),
+            Choice::Named(_) => images.check(needs.image).context(Refused),
             Choice::File(_) | Choice::Attached(_) => {
                 let deadline = Deadline::after(Duration::from_secs(600), "reading the image of the job");
-                blame_job(images.get(None, None, &deadline, &Events::silent()).map(drop))
+                images.get(None, None, &deadline, &Events::silent()).map(drop).context(Refused)
             }
         };
-        known.map(|()| (environment, settings, needs))
+        known.map(|()| Wish { choice, environment, settings, needs })
     }
 }
 

@@ -28,7 +28,7 @@ pub(super) fn provision(site: &Site, keeper: Command) -> Result<()> {
     process::handle_signals()?;
     end_with_parent()?;
     // Before anything is started: most mistakes of jobs are seen here.
-    site.wants()?;
+    site.wish()?;
     if let Some(job) = Machine::end(&site.cache, &site.agent)? {
         say(format!("The machine of job {job}, which nobody had cleaned up, has ended."));
     }

@@ -7,7 +7,7 @@ use super::config::is_public_key;
 use crate::fault::Fault;
 use crate::nearest;
 use crate::testflinger::wire::{Job, Phase};
-use anyhow::{Context, Error, Result};
+use anyhow::{Error, Result};
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::{Component, Path, PathBuf};
@@ -17,6 +17,11 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("the job cannot be done as it is")]
 pub(super) struct Refused;
+
+/// Whatever went wrong may be the fault of an image that only this job has.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the image is of the job's own choice")]
+pub(super) struct OwnImage;
 
 /// What is booted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +34,13 @@ pub(super) enum Choice {
     File(PathBuf),
     /// A file that came with the job.
     Attached(PathBuf),
+}
+
+impl Choice {
+    /// Whether other jobs have nothing to do with it.
+    pub(super) fn is_own(&self) -> bool {
+        matches!(self, Self::File(_) | Self::Attached(_))
+    }
 }
 
 /// A reservation without a limit of its own lasts so long, as with other connectors.
@@ -148,11 +160,6 @@ pub(super) fn is_account(name: &str) -> bool {
 
 fn refuse(message: impl Into<String>, fix: impl Into<String>) -> Error {
     Error::new(Fault::host(message).fix(fix)).context(Refused)
-}
-
-/// Says that what went wrong is the job's fault.
-pub(super) fn blame_job<T>(result: Result<T>) -> Result<T> {
-    result.context(Refused)
 }
 
 #[cfg(test)]
