@@ -95,7 +95,8 @@ pub fn list(cache: &Path) -> Result<Vec<Running>> {
     };
     // An entry may vanish while we look.
     let read = |entry: std::io::Result<std::fs::DirEntry>| read_json(&entry.ok()?.path().join(FILE)).ok();
-    let mut list: Vec<Running> = entries.filter_map(read).filter(|running: &Running| running.process.lives()).collect();
+    let mut list: Vec<Running> =
+        entries.filter_map(read).filter(|running: &Running| running.process.lives()).collect();
     list.sort_by_key(|running| (running.since, running.id()));
     Ok(list)
 }
@@ -154,7 +155,8 @@ mod tests {
     }
 
     fn enter(cache: &Path, running: &Running) {
-        let directory = cache.join("machines").join(format!("{}-{}", running.id(), running.process.start_ticks));
+        let directory =
+            cache.join("machines").join(format!("{}-{}", running.id(), running.process.start_ticks));
         std::fs::create_dir_all(&directory).expect("makes");
         write_json(&directory.join(FILE), running).expect("writes");
     }

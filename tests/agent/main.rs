@@ -3,6 +3,7 @@
 mod server;
 mod support;
 
+mod device;
 mod duty;
 mod faults;
 mod jobs;

@@ -2,6 +2,7 @@
 
 mod boot;
 mod command;
+mod device;
 mod disks;
 mod forks;
 mod identity;

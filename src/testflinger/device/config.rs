@@ -174,7 +174,10 @@ mod tests {
     fn nothing_is_required() {
         for nothing in ["", "# a comment\n", "{}"] {
             let config = parse(nothing).expect(nothing);
-            assert_eq!((config.user.as_str(), config.needs.cpus, config.needs.memory_mib), ("ubuntu", 2, 1024));
+            assert_eq!(
+                (config.user.as_str(), config.needs.cpus, config.needs.memory_mib),
+                ("ubuntu", 2, 1024)
+            );
             assert!(config.needs.reboots, "users restart their machines");
         }
     }
@@ -190,7 +193,10 @@ mod tests {
         assert_eq!(config.project.as_deref(), Some(Path::new("/etc/shakedown/images")));
         assert_eq!(config.image.as_deref(), Some("/etc/shakedown/./own.iso"));
         assert_eq!((config.needs.cpus, config.needs.memory_mib), (4, 2048));
-        assert_eq!(config.needs.disks.iter().map(|disk| disk.bytes).collect::<Vec<_>>(), [4 << 30, 1500 << 20]);
+        assert_eq!(
+            config.needs.disks.iter().map(|disk| disk.bytes).collect::<Vec<_>>(),
+            [4 << 30, 1500 << 20]
+        );
         assert_eq!(config.needs.firmware, Firmware::Uefi);
         assert_eq!(config.ssh_keys["lp:me"], "ssh-ed25519 AAAAC3 me@here");
     }

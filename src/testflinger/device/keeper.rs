@@ -153,8 +153,7 @@ impl Site {
             (Choice::Default, None) => {}
             (Choice::Named(name), _) => needs.image = Some(name.clone().leak()),
         }
-        let images =
-            Images::new(self.cache.clone(), &environment, &settings.image, &settings.images)?;
+        let images = Images::new(self.cache.clone(), &environment, &settings.image, &settings.images)?;
         let known = match &choice {
             // What the operator chose is wrong for every job.
             Choice::Default => images.check(needs.image),

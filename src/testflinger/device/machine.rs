@@ -193,7 +193,9 @@ mod tests {
         let expected = json!({"device_ip": "127.64.1.2", "device_port": 22, "agent_name": "a1"});
         assert_eq!(info, json!({"device_info": expected}));
         let config = read(SSH_CONFIG);
-        assert!(config.contains("IdentityFile \"/k y/id\"") && config.starts_with("Host device 127.64.1.2\n"));
+        assert!(
+            config.contains("IdentityFile \"/k y/id\"") && config.starts_with("Host device 127.64.1.2\n")
+        );
     }
 
     #[test]

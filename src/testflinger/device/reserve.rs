@@ -38,7 +38,8 @@ pub(super) fn reserve(site: &Site) -> Result<()> {
             .and_then(|mut ssh| ssh.run(Cmd::new(script).stdin(lines), &deadline).map(drop));
         let_in.context(Fault::machine("the keys of the reservation cannot be let in"))?;
     }
-    let until = SignedDuration::try_from(limit).ok().and_then(|limit| Timestamp::now().checked_add(limit).ok());
+    let until =
+        SignedDuration::try_from(limit).ok().and_then(|limit| Timestamp::now().checked_add(limit).ok());
     say("*** TESTFLINGER SYSTEM RESERVED ***");
     say(format!("On the agent's host: cd {} && {}", quote(&site.rundir.to_string_lossy()), way.command()));
     say(format!("From elsewhere:      {}", way.command_from_afar()));
