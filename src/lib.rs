@@ -29,8 +29,8 @@
 //! | module | owns |
 //! | --- | --- |
 //! | `cli` (of the command, not of the library) | one thin file per subcommand of `shakedown` |
+//! | `testflinger` (a feature) | Testflinger: its wire protocol, the client, the agent, and machines as devices of queues |
 //! | [`harness`] | registry, markers, deadlines and outcomes of scenarios, how long a run may take and how many machines run at once |
-//! | `testflinger` (a feature) | Testflinger: its wire protocol, the client, the agent |
 //! | [`storage`] | RAID and LVM layouts, cleanup plans, and the proof that nothing is left |
 //! | [`vm`] | QEMU: accelerator, command line, QMP, the life of a machine, templates and forks |
 //! | [`image`] | what is booted: recipes, prebuilt files, the content-addressed store |
@@ -52,7 +52,7 @@
 //! # Features
 //!
 //! `cli`, on by default, is the `shakedown` command; `testflinger`, which it brings, is what the
-//! command and other agents and clients of Testflinger stand on. A project that brings scenarios needs none:
+//! command and other agents, devices and clients of Testflinger stand on. A project that brings scenarios needs none:
 //! `default-features = false`.
 
 pub mod connection;

@@ -88,7 +88,10 @@ impl Machine {
     /// Writes down for the agent and for users how to reach it.
     pub(super) fn introduce(&self, agent: &str, rundir: &Path) -> Result<()> {
         let Some(way) = &self.way else { return Ok(()) };
-        let info = json!({"device_ip": way.ip, "device_port": way.port, "agent_name": agent});
+        let mut info = json!({"device_port": way.port, "agent_name": agent});
+        if !way.is_trap() {
+            info["device_ip"] = json!(way.ip);
+        }
         files::write_json(&rundir.join("device-info.json"), &json!({"device_info": info}))?;
         files::replace(&rundir.join(SSH_CONFIG), way.ssh_config().as_bytes())
     }
@@ -204,6 +207,10 @@ mod tests {
         // As a server of this host would do it; only root may.
         let Ok(_listener) = std::net::TcpListener::bind((way.ip, 22)) else { return };
         assert!(way.is_trap());
+        let rundir = tempfile::tempdir().expect("temp dir");
+        Machine { way: Some(way.clone()), ..sleeper().1 }.introduce("a1", rundir.path()).expect("writes");
+        let info = std::fs::read_to_string(rundir.path().join("device-info.json")).expect("reads");
+        assert!(info.contains("4022") && !info.contains("device_ip"), "{info}");
         assert!(way.environment(Path::new("/r")).iter().all(|(name, _)| *name != "DEVICE_IP"));
         let free = Way { ip: Ipv4Addr::new(127, 64, 1, 3), ..way };
         assert!(!free.is_trap());

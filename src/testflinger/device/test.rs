@@ -54,7 +54,13 @@ pub(super) fn test(site: &Site) -> Result<u8> {
     } else {
         say("The job has no `provision_data`: there is no machine.");
     }
-    let status = watch(command, || serial.iter_mut().for_each(Serial::copy))?;
+    let told = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGINT, SIGHUP] {
+        signal_hook::flag::register(signal, Arc::clone(&told))
+            .context(Fault::host("cannot install signal handlers"))?;
+    }
+    end_with_parent()?;
+    let status = watch(command, &told, || serial.iter_mut().for_each(Serial::copy))?;
     let died = Machine::find(&site.cache, &site.agent).and_then(|machine| machine.died);
     if let Some(why) = died.filter(|_| serial.is_some()) {
         say(format!("The machine has ended meanwhile: {why}"));
@@ -91,15 +97,9 @@ fn command(rundir: &Path, script: &str) -> Result<Command> {
     Ok(command)
 }
 
-/// Runs the command to its end. Signals that are for us go to it, and it may end in its own way; what
-/// it leaves in the background may serve a later phase.
-fn watch(command: Command, mut look: impl FnMut()) -> Result<ExitStatus> {
-    let told = Arc::new(AtomicBool::new(false));
-    for signal in [SIGTERM, SIGINT, SIGHUP] {
-        signal_hook::flag::register(signal, Arc::clone(&told))
-            .context(Fault::host("cannot install signal handlers"))?;
-    }
-    end_with_parent()?;
+/// Runs the command to its end. Once we are `told` to end, it is, and may do it in its own way; what it
+/// leaves in the background may serve a later phase.
+fn watch(command: Command, told: &AtomicBool, mut look: impl FnMut()) -> Result<ExitStatus> {
     let mut child = process::spawn(command)?;
     let mut ending: Option<Instant> = None;
     loop {
@@ -142,7 +142,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("temp dir");
         let mut command = command(dir.path(), script).expect("writes");
         command.current_dir(dir.path()).stdout(fs::File::create(dir.path().join("out")).expect("makes"));
-        let status = watch(command, || ()).expect("runs");
+        let status = watch(command, &AtomicBool::new(false), || ()).expect("runs");
         (code(status), fs::read_to_string(dir.path().join("out")).expect("reads"))
     }
 
