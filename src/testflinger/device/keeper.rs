@@ -7,7 +7,7 @@ use super::failure::{self, RECOVERY};
 use super::machine::Machine;
 use super::request::{self, Choice, OwnImage, Refused};
 use super::ssh_agent::SshAgent;
-use super::{Call, Site, door};
+use super::{Call, Owner, Site, door};
 use crate::connection::KeyPair;
 use crate::deadline::Deadline;
 use crate::fault::Fault;
@@ -55,7 +55,7 @@ pub(super) enum Word {
 /// The error that it has told already.
 pub fn keep(call: &Call) -> Result<()> {
     process::handle_signals()?;
-    let kept = Site::at(call).and_then(|site| {
+    let kept = Owner::of(call).and_then(|owner| owner.site(call)).and_then(|site| {
         let kept = site.keep();
         // A machine that died by itself stays on record, so that the job learns why.
         let died = || Some(Machine::find(&site.cache, &site.agent)?.died.is_some());

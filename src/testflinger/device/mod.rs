@@ -50,18 +50,51 @@ pub struct Call {
 /// With the exit status, once the error is where agents look for it.
 pub fn run(phase: Phase, call: &Call, keeper: Command) -> Result<u8, Failure> {
     let work = || {
-        let site = Site::at(call)?;
+        let owner = Owner::of(call)?;
+        // Without a look at the job, of which scripts may have removed the file.
+        if phase == Phase::Cleanup {
+            return owner.cleanup().map(|()| 0);
+        }
+        let site = owner.site(call)?;
         match phase {
-            Phase::Setup => Ok(0),
+            Phase::Setup | Phase::Cleanup => Ok(0),
             Phase::Provision => provision::provision(&site, keeper).map(|()| 0),
             Phase::FirmwareUpdate => firmware_update(&site),
             Phase::Test => test::test(&site),
             Phase::Allocate => site.machine(phase).map(|_| 0),
             Phase::Reserve => reserve::reserve(&site).map(|()| 0),
-            Phase::Cleanup => cleanup(&site).map(|()| 0),
         }
     };
     work().map_err(|error| Failure::of(phase, error))
+}
+
+/// Whose device it is.
+struct Owner {
+    config: Config,
+    agent: String,
+    cache: PathBuf,
+}
+
+impl Owner {
+    fn of(call: &Call) -> Result<Self> {
+        let config = Config::read(&call.config)?;
+        Ok(Self { agent: config.agent_name()?, config, cache: host::cache_dir()? })
+    }
+
+    fn site(self, call: &Call) -> Result<Site> {
+        let job = Job::new(files::read_json(&call.job)?).with_context(|| files::cannot("use", &call.job))?;
+        let rundir = std::env::current_dir().context(Fault::host("cannot tell the current directory"))?;
+        let Self { config, agent, cache } = self;
+        Ok(Site { config, agent, job, rundir, cache })
+    }
+
+    fn cleanup(&self) -> Result<()> {
+        match Machine::end(&self.cache, &self.agent)? {
+            Some(job) => say(format!("The machine of job {job} has ended.")),
+            None => say("There is no machine to end."),
+        }
+        Ok(())
+    }
 }
 
 /// Where a call happens: the device, the job, and its run directory.
@@ -74,18 +107,6 @@ struct Site {
 }
 
 impl Site {
-    fn at(call: &Call) -> Result<Self> {
-        let config = Config::read(&call.config)?;
-        let job = Job::new(files::read_json(&call.job)?).with_context(|| files::cannot("use", &call.job))?;
-        Ok(Self {
-            agent: config.agent_name()?,
-            config,
-            job,
-            rundir: std::env::current_dir().context(Fault::host("cannot tell the current directory"))?,
-            cache: host::cache_dir()?,
-        })
-    }
-
     /// The machine of this job, which `phase` cannot do without.
     fn machine(&self, phase: Phase) -> Result<Machine> {
         let machine = Machine::find(&self.cache, &self.agent).filter(|machine| machine.job == self.job.id());
@@ -114,14 +135,6 @@ fn firmware_update(site: &Site) -> Result<u8> {
         Fault::host("the firmware of a QEMU machine cannot be updated: it is a file of this host")
             .fix("leave `firmware_update_data` out of the job, or set `ignore_failure` in it")
     )
-}
-
-fn cleanup(site: &Site) -> Result<()> {
-    match Machine::end(&site.cache, &site.agent)? {
-        Some(job) => say(format!("The machine of job {job} has ended.")),
-        None => say("There is no machine to end."),
-    }
-    Ok(())
 }
 
 /// For the log of the job, which may have lost its reader.
