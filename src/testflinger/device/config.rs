@@ -1,7 +1,7 @@
 //! `device.yaml`: the machine that a queue offers.
 //!
 //! ```yaml
-//! agent_name: host-1           # by default the name of the agent that calls
+//! agent_name: host-1           # where no agent calls, which gives its own name
 //! project: /srv/images         # a directory whose Cargo.toml describes more images
 //! image: debian                # of jobs that name none: a name, or a path
 //! user: ubuntu                 # an account with root's rights, for jobs that name none
@@ -100,13 +100,14 @@ impl Config {
         raw.unwrap_or_default().check(directory)
     }
 
-    /// The agent that the device belongs to: as the file says, else as the agent says that calls.
+    /// The agent that the device belongs to: the one that calls, else the one in the file. So several
+    /// agents can share a file.
     ///
     /// # Errors
     /// [`WrongConfig`] in the chain when neither says it.
     pub fn agent_name(&self) -> Result<String> {
-        let calling = || std::env::var("agent_id").ok();
-        self.agent_name.clone().or_else(calling).filter(|name| !name.is_empty()).ok_or_else(|| {
+        let calling = std::env::var("agent_id").ok().filter(|name| !name.is_empty());
+        calling.or_else(|| self.agent_name.clone()).filter(|name| !name.is_empty()).ok_or_else(|| {
             let fault = Fault::host("nobody says which agent the device belongs to");
             anyhow::Error::new(fault.fix("set `agent_name` in the configuration of the device"))
                 .context(WrongConfig)

@@ -55,15 +55,7 @@ pub(super) enum Word {
 /// The error that it has told already.
 pub fn keep(call: &Call) -> Result<()> {
     process::handle_signals()?;
-    let kept = Owner::of(call).and_then(|owner| owner.site(call)).and_then(|site| {
-        let kept = site.keep();
-        // A machine that died by itself stays on record, so that the job learns why.
-        let died = || Some(Machine::find(&site.cache, &site.agent)?.died.is_some());
-        if kept.is_err() || died() != Some(true) {
-            Machine::forget(&site.cache, &site.agent)?;
-        }
-        kept
-    });
+    let kept = Owner::of(call).and_then(|owner| owner.site(call)).and_then(|site| site.keep());
     if let Err(error) = &kept {
         let chain = error.chain().map(ToString::to_string).collect();
         let _ = tell(&Word::Failed { code: failure::code(Phase::Provision, error), chain });
@@ -108,7 +100,16 @@ impl Site {
         let keeper = Other::with_id(std::process::id()).context(Fault::host("cannot look at /proc"))?;
         let mut machine = Machine { job: self.job.id().to_owned(), keeper, way: None, died: None };
         // Before the act: whoever ends the job must find us.
-        machine.save(&self.cache, &self.agent)?;
+        machine.enter(&self.cache, &self.agent)?;
+        let kept = self.keep_machine(&mut machine);
+        // One that died by itself stays on record, so that the job learns why.
+        if kept.is_err() || machine.died.is_none() {
+            machine.leave(&self.cache, &self.agent)?;
+        }
+        kept
+    }
+
+    fn keep_machine(&self, machine: &mut Machine) -> Result<()> {
         let user = request::user(&self.job, &self.config.user)?;
         let Wish { choice, environment, settings, needs } = self.wish()?;
         let scratch = Scratch::under(&self.cache.join("machines"))?;

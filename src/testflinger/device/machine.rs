@@ -6,9 +6,11 @@
 use crate::fault::Fault;
 use crate::process::Other;
 use crate::record::{files, scratch};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use std::fs::DirBuilder;
+use std::io::{ErrorKind, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -54,16 +56,42 @@ impl Machine {
         files::read_json(&file(cache, agent)).ok()
     }
 
-    pub(super) fn save(&self, cache: &Path, agent: &str) -> Result<()> {
+    /// Enters it, as the one machine of its agent.
+    ///
+    /// # Errors
+    /// When the agent has another one.
+    pub(super) fn enter(&self, cache: &Path, agent: &str) -> Result<()> {
         let file = file(cache, agent);
         let directory = file.parent().unwrap_or(cache);
-        let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(directory);
+        let made = DirBuilder::new().recursive(true).mode(0o700).create(directory);
         made.with_context(|| files::cannot("make", directory))?;
-        files::write_json(&file, self)
+        let enter = || -> Result<bool> {
+            let mut new = tempfile::Builder::new().prefix(".new-").tempfile_in(directory)?;
+            new.write_all(&serde_json::to_vec(self)?)?;
+            match new.persist_noclobber(&file) {
+                Err(error) if error.error.kind() == ErrorKind::AlreadyExists => Ok(false),
+                other => Ok(other.map(|_| true)?),
+            }
+        };
+        while !enter().with_context(|| files::cannot("write", &file))? {
+            match Self::find(cache, agent).filter(|other| other.keeper.lives()) {
+                // Two agents of one name, perhaps: no fault of the host.
+                Some(other) => bail!("the agent `{agent}` has a machine already, that of job {}", other.job),
+                None => files::remove(&file)?,
+            }
+        }
+        Ok(())
     }
 
-    pub(super) fn forget(cache: &Path, agent: &str) -> Result<()> {
-        files::remove(&file(cache, agent))
+    /// Writes down what has changed.
+    pub(super) fn save(&self, cache: &Path, agent: &str) -> Result<()> {
+        files::write_json(&file(cache, agent), self)
+    }
+
+    /// Removes the record, if it is that of this machine.
+    pub(super) fn leave(&self, cache: &Path, agent: &str) -> Result<()> {
+        let ours = Self::find(cache, agent).is_some_and(|machine| machine.keeper == self.keeper);
+        if ours { files::remove(&file(cache, agent)) } else { Ok(()) }
     }
 
     /// Ends the machine that an agent has, whatever it does, and says of which job it was.
@@ -73,7 +101,7 @@ impl Machine {
     pub(super) fn end(cache: &Path, agent: &str) -> Result<Option<String>> {
         let Some(machine) = Self::find(cache, agent) else { return Ok(None) };
         machine.keeper.end(PATIENCE).context(Fault::host("the keeper of a machine does not end"))?;
-        Self::forget(cache, agent)?;
+        machine.leave(cache, agent)?;
         // What a keeper leaves that was killed.
         scratch::sweep_under(&cache.join("machines"))?;
         Ok(Some(machine.job))
@@ -177,13 +205,27 @@ mod tests {
         let cache = tempfile::tempdir().expect("temp dir");
         let (_child, machine) = sleeper();
         assert_eq!(Machine::find(cache.path(), "a/1"), None);
-        machine.save(cache.path(), "a/1").expect("writes");
+        machine.enter(cache.path(), "a/1").expect("is the first");
         assert_eq!(Machine::find(cache.path(), "a/1"), Some(machine.clone()));
         assert_eq!((Machine::find(cache.path(), "a2"), machine.ended()), (None, None));
         assert_eq!(Machine::end(cache.path(), "a/1").expect("ends").as_deref(), Some("j1"));
         assert_eq!(machine.ended().as_deref(), Some("its keeper was killed"));
         assert_eq!(Machine::end(cache.path(), "a/1").expect("nothing to do"), None);
         assert_eq!(std::fs::read_dir(cache.path().join("devices")).expect("reads").count(), 0);
+    }
+
+    #[test]
+    fn an_agent_has_one_machine_at_a_time() {
+        let cache = tempfile::tempdir().expect("temp dir");
+        let ((child, first), (_child, second)) = (sleeper(), sleeper());
+        first.enter(cache.path(), "a1").expect("is the first");
+        assert!(second.enter(cache.path(), "a1").expect_err("is not").to_string().contains("of job j1"));
+        second.enter(cache.path(), "a2").expect("is another agent's");
+        second.leave(cache.path(), "a1").expect("nothing to do");
+        assert_eq!(Machine::find(cache.path(), "a1"), Some(first));
+        drop(child);
+        second.enter(cache.path(), "a1").expect("after one whose keeper was killed");
+        assert_eq!(Machine::find(cache.path(), "a1"), Some(second));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use anyhow::{Context, Result};
 use rustix::process::Signal;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -33,10 +33,14 @@ pub(super) fn provision(site: &Site, keeper: Command) -> Result<()> {
         say(format!("The machine of job {job}, which nobody had cleaned up, has ended."));
     }
     let begun = Instant::now();
-    let made = listen(site, keeper);
+    let mut keeper = start(site, keeper)?;
+    let made = listen(site, &mut keeper);
     serial::copy_all(&site.rundir.join(NOTES), &site.rundir, Phase::Provision);
     if let Err(error) = made {
-        Machine::end(&site.cache, &site.agent)?;
+        // Not that of another job, which may be why there is none.
+        if Machine::find(&site.cache, &site.agent).is_some_and(|machine| machine.keeper.id == keeper.id()) {
+            Machine::end(&site.cache, &site.agent)?;
+        }
         return Err(error);
     }
     let machine = site.machine(Phase::Provision)?;
@@ -65,13 +69,16 @@ pub(super) fn end_with_parent() -> Result<()> {
         .context(Fault::host("cannot be told of the end of the agent's shell"))
 }
 
-/// Starts a keeper and waits for its last word.
-fn listen(site: &Site, mut keeper: Command) -> Result<()> {
+fn start(site: &Site, mut keeper: Command) -> Result<Child> {
     let log = site.rundir.join(LOG);
     let log = append(&log).with_context(|| files::cannot("write", &log))?;
     // Not `process::spawn`: it is to outlive us.
     keeper.process_group(0).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log);
-    let mut child = keeper.spawn().context(Fault::host("cannot start the keeper of the machine"))?;
+    keeper.spawn().context(Fault::host("cannot start the keeper of the machine"))
+}
+
+/// Waits for a keeper's last word.
+fn listen(site: &Site, child: &mut Child) -> Result<()> {
     let stdout = child.stdout.take().context(Fault::host("the keeper has no output"))?;
     let (words, inbox) = mpsc::channel();
     std::thread::spawn(move || {
