@@ -7,7 +7,6 @@ use serde_json::json;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 const SCRIPT: &str = "echo one; sleep 0.05; echo two; mkdir artifacts; echo x > artifacts/x";
 
