@@ -36,7 +36,7 @@ pub(super) fn open(vm: &mut Vm, user: &str, ssh_agent: Option<PathBuf>) -> Resul
         true => (*own.ip(), SSH),
         false => (Ipv4Addr::LOCALHOST, ssh.port),
     };
-    Ok(Way { ip, port, user: user.to_owned(), key, ssh_agent, serial })
+    Ok(Way { qemu: running.process, ip, port, user: user.to_owned(), key, ssh_agent, serial })
 }
 
 /// An address on loopback that no other keeper has: process ids have up to 22 bits (proc(5),

@@ -37,6 +37,7 @@ pub(super) struct Machine {
 /// The way in.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Way {
+    pub(super) qemu: Other,
     /// On loopback.
     pub(super) ip: Ipv4Addr,
     pub(super) port: u16,
@@ -110,7 +111,12 @@ impl Machine {
     /// Why it is there no more.
     pub(super) fn ended(&self) -> Option<String> {
         let killed = || (!self.keeper.lives()).then(|| "its keeper was killed".to_owned());
-        self.died.clone().or_else(killed)
+        // Its keeper has not said why yet.
+        let ended = || {
+            let way = self.way.as_ref()?;
+            (!way.qemu.lives()).then(|| "QEMU does not run any more".to_owned())
+        };
+        self.died.clone().or_else(killed).or_else(ended)
     }
 
     /// Writes down for the agent and for users how to reach it.
@@ -183,6 +189,7 @@ mod tests {
 
     fn way() -> Way {
         Way {
+            qemu: Other::with_id(std::process::id()).expect("this runs"),
             ip: Ipv4Addr::new(127, 64, 1, 2),
             port: 22,
             user: "ubuntu".into(),
@@ -208,6 +215,9 @@ mod tests {
         machine.enter(cache.path(), "a/1").expect("is the first");
         assert_eq!(Machine::find(cache.path(), "a/1"), Some(machine.clone()));
         assert_eq!((Machine::find(cache.path(), "a2"), machine.ended()), (None, None));
+        let qemu = Other { start_ticks: 1, ..way().qemu };
+        let dead = Machine { way: Some(Way { qemu, ..way() }), ..machine.clone() };
+        assert_eq!(dead.ended().as_deref(), Some("QEMU does not run any more"));
         assert_eq!(Machine::end(cache.path(), "a/1").expect("ends").as_deref(), Some("j1"));
         assert_eq!(machine.ended().as_deref(), Some("its keeper was killed"));
         assert_eq!(Machine::end(cache.path(), "a/1").expect("nothing to do"), None);

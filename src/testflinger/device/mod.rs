@@ -107,8 +107,15 @@ struct Site {
 }
 
 impl Site {
-    /// The machine of this job, which `phase` cannot do without.
+    /// The machine of this job, which `phase` cannot do without, made known to the agent.
     fn machine(&self, phase: Phase) -> Result<Machine> {
+        let machine = self.living(phase)?;
+        machine.introduce(&self.agent, &self.rundir)?;
+        Ok(machine)
+    }
+
+    /// The machine of this job, while it lives.
+    fn living(&self, phase: Phase) -> Result<Machine> {
         let machine = Machine::find(&self.cache, &self.agent).filter(|machine| machine.job == self.job.id());
         let Some(machine) = machine else {
             bail!(
@@ -119,7 +126,6 @@ impl Site {
         if let Some(why) = machine.ended() {
             bail!(Fault::machine(format!("the machine has ended: {why}")));
         }
-        machine.introduce(&self.agent, &self.rundir)?;
         Ok(machine)
     }
 }

@@ -49,7 +49,7 @@ pub(super) fn reserve(site: &Site) -> Result<()> {
     say(format!("To end it sooner:    testflinger-cli cancel {}", site.job.id()));
     let begun = Instant::now();
     while begun.elapsed() < limit {
-        if let Err(error) = site.machine(Phase::Reserve) {
+        if let Err(error) = site.living(Phase::Reserve) {
             bail!(error.context("the reservation ends early"));
         }
         std::thread::sleep(GLANCE.min(limit.saturating_sub(begun.elapsed())));
