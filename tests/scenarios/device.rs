@@ -1,9 +1,11 @@
 //! `shakedown device` with its machine, called as an agent calls it.
 
 use shakedown::prelude::*;
+use shakedown::process::Other;
 use shakedown::vm::register::{self, Running};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
+use std::time::Instant;
 
 /// An agent's host: a run directory, and the cache that all machines here share.
 struct Host {
@@ -54,9 +56,25 @@ impl Host {
         Ok(list)
     }
 
+    fn wait(&self, whose: &str, ended: impl Fn() -> bool) -> Result<()> {
+        let begun = Instant::now();
+        while !ended() {
+            ensure!(begun.elapsed() < Duration::from_secs(60), "{whose} lives on");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
     fn read(&self, name: &str) -> Result<String> {
         std::fs::read_to_string(self.rundir.join(name)).with_context(|| name.to_owned())
     }
+}
+
+/// True while a process has this among its arguments.
+fn is_argument(word: &str) -> bool {
+    let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let mut lines = processes.filter_map(|process| std::fs::read(process.path().join("cmdline")).ok());
+    lines.any(|line| line.split(|byte| *byte == 0).any(|argument| argument == word.as_bytes()))
 }
 
 /// Whatever a scenario does, its machine ends with it.
@@ -90,25 +108,24 @@ fn a_fork_is_the_device_of_a_job() -> Result<()> {
 
 #[scenario(markers = [vm], timeout = "10m")]
 fn a_device_that_nobody_cleaned_up_ends_with_the_next_job_or_its_directory() -> Result<()> {
-    let host = Host::new("echo never")?;
+    let host = Host::new("echo $SSH_AUTH_SOCK")?;
     host.succeed("provision")?;
     let first = host.machines()?;
     ensure!(host.succeed("provision")?.contains("which nobody had cleaned up"), "the first one was left");
     let second = host.machines()?;
     ensure!(second.len() == 1 && first != second, "the first one has ended: {second:?}");
-    // Whoever it was.
-    second[0].kill()?;
+    // Nothing outlives a keeper, however that ends.
+    let socket = host.succeed("runtest")?;
+    ensure!(is_argument(socket.trim()), "an ssh-agent listens on {socket:?}");
+    Other::with_id(second[0].owner).context("a keeper")?.kill()?;
     let (code, said) = host.call("runtest")?;
-    ensure!(code == Some(1) && said.contains("the machine has ended"), "{code:?} {said}");
+    ensure!(code == Some(1) && said.contains("its keeper was killed"), "{code:?} {said}");
+    host.wait("QEMU", || !second[0].process.lives())?;
+    host.wait("ssh-agent", || !is_argument(socket.trim()))?;
     host.succeed("provision")?;
     let third = host.machines()?;
     std::fs::rename(&host.rundir, host.rundir.with_extension("gone"))?;
-    let ended = |running: &Running| !Path::new("/proc").join(running.id().to_string()).exists();
-    let begun = std::time::Instant::now();
-    while !third.iter().all(ended) {
-        ensure!(begun.elapsed() < Duration::from_secs(60), "it outlives its job");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    host.wait("QEMU", || !third.iter().any(|running| running.process.lives()))?;
     std::fs::rename(host.rundir.with_extension("gone"), &host.rundir)?;
     Ok(())
 }

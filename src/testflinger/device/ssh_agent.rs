@@ -32,14 +32,23 @@ impl SshAgent {
         let socket = directory.join("ssh-agent");
         let Some(file) = key.file() else { return Ok(None) };
         let search = Search::from_env();
-        let (Some(agent), Some(add)) = (search.find("ssh-agent"), search.find("ssh-add")) else {
+        let [Some(setpriv), Some(agent), Some(add)] =
+            ["setpriv", "ssh-agent", "ssh-add"].map(|program| search.find(program))
+        else {
             return Ok(None);
         };
         if socket.as_os_str().len() > LONGEST {
             return Ok(None);
         }
-        let mut command = Command::new(agent);
-        command.args(["-D", "-a"]).arg(&socket).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut command = Command::new(setpriv);
+        // It is setgid, by which it would lose its tie to our life: prctl(2), PR_SET_PDEATHSIG.
+        command
+            .arg("--no-new-privs")
+            .arg(agent)
+            .args(["-D", "-a"])
+            .arg(&socket)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
         let mut child = process::spawn(command)?;
         let (_, stdout, _) = child.pipes();
         // It says where it listens once it does.
