@@ -323,7 +323,7 @@ fn readable(time: Utc, seconds: f64, event: &Event) -> String {
 }
 
 /// Makes a directory for the next attempt of a scenario.
-fn make_directory(run: &Path, scenario: &str) -> Result<(PathBuf, u32)> {
+pub(super) fn make_directory(run: &Path, scenario: &str) -> Result<(PathBuf, u32)> {
     let name = directory_name(scenario);
     let mut attempt = 1;
     loop {

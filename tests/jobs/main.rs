@@ -1,0 +1,6 @@
+//! The job client against a server of our own, which is strict and can misbehave.
+
+mod http;
+mod server;
+
+mod client;
