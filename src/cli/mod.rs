@@ -5,8 +5,10 @@
 
 mod agent;
 mod bench;
+mod binaries;
 mod demo;
 mod doctor;
+mod fleet;
 mod image;
 mod ledger;
 mod plan;
@@ -47,6 +49,7 @@ enum Command {
     Plan(plan::Plan),
     Ledger(ledger::Ledger),
     Agent(agent::Agent),
+    Fleet(fleet::Fleet),
     Bench(bench::Bench),
 }
 
@@ -79,6 +82,7 @@ Examples:
   shakedown image list          The boot images in the store
   shakedown template prune      Removes frozen machines that were not used for long
   shakedown ledger check        Whether every line of the ledger is valid
+  shakedown fleet run --queue Q  The scenarios of this project, on many hosts
   shakedown bench boot --json   How fast machines boot here";
 
 const EXIT_STATUS: &str = "\
@@ -122,6 +126,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Vm(vm) => vm.run(),
         Command::Plan(plan) => plan.run(),
         Command::Ledger(ledger) => ledger.run(),
+        Command::Fleet(fleet) => fleet.run(),
         Command::Bench(bench) => bench.run(),
         Command::Agent(agent) => Ok(Verdict::Status(agent.run())),
     });

@@ -11,6 +11,9 @@
 //! something every 15. What it had finished was in its log and is not repeated; the rest goes into
 //! other shards, which other agents get. A scenario that is lost three times ends in `error`.
 
+mod harvest;
+pub mod job;
+pub mod lab;
 pub mod run;
 pub mod shards;
 pub mod simulation;

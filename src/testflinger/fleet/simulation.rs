@@ -475,7 +475,7 @@ mod tests {
     #[test]
     fn nothing_is_lost_and_nothing_doubled_when_hosts_die() {
         for seed in 0..5 {
-            let report = simulate(&Model { dying: 10, seed, ..SMALL }).expect("ends");
+            let report = simulate(&Model { dying: 4, seed, ..SMALL }).expect("ends");
             assert_eq!((report.lost, report.given_up, report.doubled), (0, 0, 0), "{report:?}");
             assert!(report.lost_shards > 0, "{report:?}");
             assert!(report.repeated <= report.lost_shards, "one at most was under way: {report:?}");
