@@ -256,10 +256,6 @@ impl Fleet {
     }
 
     fn round<L: Lab>(&mut self, lab: &mut L, shards: &mut Shards, whole: Duration) -> Result<(), Trouble> {
-        if self.counted.is_none_or(|then| lab.now().saturating_sub(then) >= COUNT_EVERY) {
-            self.hosts = lab.hosts(shards.distrusted())?;
-            self.counted = Some(lab.now());
-        }
         if shards.open().next().is_some() {
             let over = self.watch(lab, shards)?;
             self.collect(lab, shards, over, None)?;
@@ -270,6 +266,11 @@ impl Fleet {
                 lab.cancel(&jobs);
                 self.collect(lab, shards, silent, Some("its host fell silent"))?;
             }
+        }
+        // After a loss there is one agent less.
+        if self.counted.is_none_or(|then| lab.now().saturating_sub(then) >= COUNT_EVERY) {
+            self.hosts = lab.hosts(shards.distrusted())?;
+            self.counted = Some(lab.now());
         }
         self.send(lab, shards, whole)
     }
@@ -446,7 +447,7 @@ impl Fleet {
 
 /// The pause between two rounds: the more there is to ask, the longer.
 fn interval(shards: &Shards) -> Duration {
-    Duration::from_secs(5) + Duration::from_millis(10) * shards.open().count().min(1500) as u32
+    Duration::from_secs(3) + Duration::from_millis(12) * shards.open().count().min(1500) as u32
 }
 
 fn hear_all(shards: &mut Shards, now: Duration) {
