@@ -30,7 +30,7 @@
 //! | --- | --- |
 //! | `cli` (of the command, not of the library) | one thin file per subcommand of `shakedown` |
 //! | [`harness`] | registry, markers, deadlines and outcomes of scenarios, how long a run may take and how many machines run at once |
-//! | `testflinger` (a feature) | Testflinger: its wire protocol, the client, the agent |
+//! | `testflinger` (a feature) | Testflinger: its wire protocol, the client, the agent, runs on many hosts |
 //! | [`storage`] | RAID and LVM layouts, cleanup plans, and the proof that nothing is left |
 //! | [`vm`] | QEMU: accelerator, command line, QMP, the life of a machine, templates and forks |
 //! | [`image`] | what is booted: recipes, prebuilt files, the content-addressed store |

@@ -107,7 +107,10 @@ impl RunArgs {
         let binary = self.binary()?;
         let environment = Environment::read(&binary.directory)?;
         let names = self.names(&binary)?;
-        ensure!(!names.is_empty(), Fault::host("no scenario is selected").fix("`cargo test -- --list` shows them"));
+        ensure!(
+            !names.is_empty(),
+            Fault::host("no scenario is selected").fix("`cargo test -- --list` shows them")
+        );
         let expected = expected(environment.ledger.as_deref(), &names)?;
         let with = self.with(&binary.directory)?;
 
@@ -135,7 +138,8 @@ impl RunArgs {
             Err(Trouble::Fatal(error)) => return Err(error.context("the run ended early")),
             Err(Trouble::Away(why)) => return Err(Fault::host(why).into()),
         }
-        let fine = |row: &Row| !matches!(row.outcome, Outcome::Failed | Outcome::Error | Outcome::Interrupted);
+        let fine =
+            |row: &Row| !matches!(row.outcome, Outcome::Failed | Outcome::Error | Outcome::Interrupted);
         Ok(if rows.iter().all(|(_, row)| fine(row)) { Verdict::Fine } else { Verdict::NotFine })
     }
 
@@ -216,8 +220,9 @@ impl RunArgs {
         let counts: Vec<_> = counts.iter().map(|(outcome, count)| format!("{count} {outcome}")).collect();
         let lost = if lost == 0 { String::new() } else { format!(", {lost} of them lost") };
         terminal::say(&format!(
-            "scenarios: {}; {shards} shards{lost}; evidence in {}",
+            "scenarios: {}; {shards} {}{lost}; evidence in {}",
             counts.join(", "),
+            if shards == 1 { "shard" } else { "shards" },
             run.directory().display()
         ));
         Ok(())

@@ -1,7 +1,7 @@
 //! Testflinger: the queue service that hands jobs to machines in a lab.
 //!
 //! [`wire`] is the vocabulary of its server, [`client`] speaks HTTP with it, [`agent`] takes jobs from
-//! queues and runs them. The protocol is that of server 1.5.0; the vocabulary knows nothing of
+//! queues and runs them, [`fleet`] spreads the scenarios of a project over agents. The protocol is that of server 1.5.0; the vocabulary knows nothing of
 //! HTTP, the client nothing of agents.
 
 pub mod agent;

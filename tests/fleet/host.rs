@@ -62,7 +62,8 @@ impl Lab {
         let agents = (0..manners.len()).map(|n| json!({"name": format!("host{n}"), "state": "waiting"}));
         server.state().queues.insert(QUEUE.into(), agents.collect());
         let stop = Arc::new(AtomicBool::new(false));
-        std::fs::write(dir.path().join("Cargo.toml"), "[package]\nname = \"p\"\nversion = \"0.1.0\"\n").expect("writes");
+        std::fs::write(dir.path().join("Cargo.toml"), "[package]\nname = \"p\"\nversion = \"0.1.0\"\n")
+            .expect("writes");
         let hosts = manners
             .iter()
             .enumerate()
@@ -88,7 +89,8 @@ impl Lab {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
-            if ["SHAKEDOWN_", "BOOT_IMAGE_VM_", "TESTFLINGER_", "NEXTEST"].iter().any(|p| text.starts_with(p)) {
+            if ["SHAKEDOWN_", "BOOT_IMAGE_VM_", "TESTFLINGER_", "NEXTEST"].iter().any(|p| text.starts_with(p))
+            {
                 command.env_remove(&name);
             }
         }
@@ -168,7 +170,9 @@ impl Host {
     fn take(&self) -> Option<Job> {
         let mut state = self.server.state();
         let excluded = |job: &Job| {
-            job.data["exclude_agents"].as_array().is_some_and(|names| names.iter().any(|name| *name == *self.name))
+            job.data["exclude_agents"]
+                .as_array()
+                .is_some_and(|names| names.iter().any(|name| *name == *self.name))
         };
         let job = state
             .jobs

@@ -2,6 +2,7 @@
 //! as they do.
 
 #[path = "../jobs/http.rs"]
+#[allow(dead_code)] // as below
 mod http;
 #[path = "../jobs/server.rs"]
 #[allow(dead_code)] // the half of it that other tests use

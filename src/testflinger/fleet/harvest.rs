@@ -177,7 +177,8 @@ fn ended(text: &[u8], output: &[u8]) -> Option<Ended> {
 fn evidence(directory: &Path, record: &Record) -> Option<PathBuf> {
     let old = record.metadata.as_deref()?.parent()?;
     let mut parts = old.components().rev();
-    let (Some(Component::Normal(scenario)), Some(Component::Normal(run))) = (parts.next(), parts.next()) else {
+    let (Some(Component::Normal(scenario)), Some(Component::Normal(run))) = (parts.next(), parts.next())
+    else {
         return None;
     };
     let path = directory.join("notes").join(run).join(scenario);
@@ -242,23 +243,26 @@ mod tests {
         ]);
         let artifacts = artifacts.expect("unpacks");
         assert_eq!(artifacts.ended, Some(Ended { hopeless: None, took: Duration::from_secs(12) }));
-        let found: Vec<_> =
-            artifacts.records.iter().map(|(record, place)| (record.scenario.as_str(), place.is_some())).collect();
+        let found: Vec<_> = artifacts
+            .records
+            .iter()
+            .map(|(record, place)| (record.scenario.as_str(), place.is_some()))
+            .collect();
         assert_eq!(found, [("a", true), ("b", false)]);
     }
 
     #[test]
     fn nothing_leaves_the_directory_and_no_link_is_made() {
-        for name in ["artifacts/shakedown/../../x", "artifacts/shakedown/../x", "/artifacts/shakedown/x", "../x"] {
+        for name in
+            ["artifacts/shakedown/../../x", "artifacts/shakedown/../x", "/artifacts/shakedown/x", "../x"]
+        {
             let (dir, artifacts) = unpacked(&[(name, FILE, "x")]);
             artifacts.expect("is passed over");
             assert_eq!(fs::read_dir(dir.path()).expect("reads").count(), 1, "{name}");
             assert_eq!(fs::read_dir(dir.path().join("in")).expect("reads").count(), 0, "{name}");
         }
-        let through = [
-            ("artifacts/shakedown/l", EntryType::Symlink, ""),
-            ("artifacts/shakedown/l/passwd", FILE, "x"),
-        ];
+        let through =
+            [("artifacts/shakedown/l", EntryType::Symlink, ""), ("artifacts/shakedown/l/passwd", FILE, "x")];
         let (dir, artifacts) = unpacked(&through);
         artifacts.expect("the link is passed over");
         assert!(dir.path().join("in/l").symlink_metadata().expect("is there").is_dir());

@@ -46,14 +46,20 @@ impl Common {
     pub fn check(&self) -> Result<()> {
         let taken = ["job_queue", "job_id", "name", "exclude_agents"];
         if let Some(key) = taken.iter().find(|key| self.template.contains_key(**key)) {
-            bail!(Fault::host(format!("the template has `{key}`, which each shard says itself")).fix("remove it"));
+            bail!(
+                Fault::host(format!("the template has `{key}`, which each shard says itself"))
+                    .fix("remove it")
+            );
         }
         let data = match self.template.get("test_data") {
             None => return Ok(()),
             Some(data) => data.as_object().context("`test_data` of the template is no mapping")?,
         };
         if let Some(key) = OURS.iter().find(|key| data.contains_key(**key)) {
-            bail!(Fault::host(format!("the template has `test_data.{key}`, which is the shard's")).fix("remove it"));
+            bail!(
+                Fault::host(format!("the template has `test_data.{key}`, which is the shard's"))
+                    .fix("remove it")
+            );
         }
         Ok(())
     }
@@ -155,8 +161,11 @@ pub fn pack(archive: &Path, binary: &Path, project: &Path, with: &[PathBuf]) -> 
     let root = Path::new("test").join(PROJECT);
     for path in [Path::new("Cargo.toml")].into_iter().chain(with.iter().map(PathBuf::as_path)) {
         let plain = path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-        ensure!(plain, Fault::host(format!("{} is not below the project", path.display()))
-            .fix("name a path relative to the directory of its Cargo.toml"));
+        ensure!(
+            plain,
+            Fault::host(format!("{} is not below the project", path.display()))
+                .fix("name a path relative to the directory of its Cargo.toml")
+        );
         let clean: PathBuf = path.components().filter(|part| matches!(part, Component::Normal(_))).collect();
         if clean == Path::new("Cargo.toml") && !project.join(&clean).exists() {
             continue;
@@ -219,12 +228,17 @@ mod tests {
         assert_eq!((&job["job_id"], &job["exclude_agents"]), (&json!("id-1"), &json!(["rack1"])));
         assert_eq!(job["test_data"]["test_username"], "u");
         let script = job["test_data"]["test_cmds"].as_str().expect("text");
-        assert!(script.contains("\na::b\nc\nEND_OF_SCENARIOS\n") && script.contains("-m 'any(a, b)'"), "{script}");
+        assert!(
+            script.contains("\na::b\nc\nEND_OF_SCENARIOS\n") && script.contains("-m 'any(a, b)'"),
+            "{script}"
+        );
     }
 
     #[test]
     fn a_template_does_not_say_what_is_ours() {
-        for template in [json!({"job_queue": "x"}), json!({"test_data": {"test_cmds": "true"}}), json!({"test_data": 1})] {
+        for template in
+            [json!({"job_queue": "x"}), json!({"test_data": {"test_cmds": "true"}}), json!({"test_data": 1})]
+        {
             common(template).check().expect_err("refused");
         }
     }
@@ -253,14 +267,18 @@ mod tests {
             })
             .collect();
         let project = |name: &str, mode| (format!("test/shakedown/project/{name}"), mode);
-        assert_eq!(members, [
-            ("test/shakedown/scenarios".to_owned(), 0o755),
-            project("Cargo.toml", 0o644),
-            project("fixtures/link", 0o755),
-            project("fixtures/sub/a", 0o644),
-        ]);
+        assert_eq!(
+            members,
+            [
+                ("test/shakedown/scenarios".to_owned(), 0o755),
+                project("Cargo.toml", 0o644),
+                project("fixtures/link", 0o755),
+                project("fixtures/sub/a", 0o644),
+            ]
+        );
         for odd in ["../binary", "/etc/passwd", "missing"] {
-            pack(&path(&odd.replace('/', "_")), &path("binary"), &path("project"), &[odd.into()]).expect_err(odd);
+            pack(&path(&odd.replace('/', "_")), &path("binary"), &path("project"), &[odd.into()])
+                .expect_err(odd);
         }
     }
 }

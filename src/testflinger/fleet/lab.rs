@@ -322,15 +322,19 @@ impl Lab for ServerLab<'_> {
 
     fn hosts(&mut self, without: &BTreeSet<String>) -> Result<usize, Trouble> {
         let agents = self.client.agents_of(&self.common.queue).map_err(trouble)?.unwrap_or_default();
-        let working: Vec<_> =
-            agents.iter().filter(|agent| !matches!(agent.state.as_str(), "offline" | "maintenance")).collect();
+        let working: Vec<_> = agents
+            .iter()
+            .filter(|agent| !matches!(agent.state.as_str(), "offline" | "maintenance"))
+            .collect();
         if working.is_empty() && self.jobs.is_empty() {
             let queue = &self.common.queue;
             let seen = agents.len();
             return Err(Trouble::Fatal(
-                Fault::host(format!("no agent takes jobs from the queue `{queue}`: {seen} are known, all of them offline"))
-                    .fix(format!("start one, or name another queue than `{queue}`"))
-                    .into(),
+                Fault::host(format!(
+                    "no agent takes jobs from the queue `{queue}`: {seen} are known, all of them offline"
+                ))
+                .fix(format!("start one, or name another queue than `{queue}`"))
+                .into(),
             ));
         }
         let trusted = working.iter().filter(|agent| !without.contains(&agent.name)).count();
@@ -375,7 +379,12 @@ impl Lab for ServerLab<'_> {
                     other => other.map(drop),
                 }
             };
-            (true, sent.and_then(|()| self.client.send_attachments(&id, &self.archive)).map(|()| id).map_err(trouble))
+            (
+                true,
+                sent.and_then(|()| self.client.send_attachments(&id, &self.archive))
+                    .map(|()| id)
+                    .map_err(trouble),
+            )
         });
         for (order, (tried, _)) in orders.iter().zip(&results) {
             if let Some(job) = self.jobs.get_mut(&order.shard) {
@@ -413,7 +422,9 @@ impl Lab for ServerLab<'_> {
 
     fn collect(&mut self, shards: &[(ShardId, String)]) -> Vec<Result<Harvest<Finding>, Trouble>> {
         if let Err(error) = fs::create_dir_all(self.incoming()) {
-            return vec![Err(Trouble::Fatal(anyhow::Error::new(error).context("cannot make room for artifacts")))];
+            return vec![Err(Trouble::Fatal(
+                anyhow::Error::new(error).context("cannot make room for artifacts"),
+            ))];
         }
         let jobs: Vec<_> =
             shards.iter().map(|(id, _)| (*id, self.jobs.remove(id).unwrap_or_default())).collect();

@@ -173,10 +173,18 @@ pub enum JobState {
 /// # Errors
 /// [`Trouble::Fatal`] or [`Trouble::Interrupted`], with which it ended early.
 pub fn run<L: Lab>(lab: &mut L, shards: &mut Shards, most: Option<usize>) -> Result<(), Trouble> {
-    let mut fleet = Fleet { most, hosts: 0, counted: None, overhead: OVERHEAD, setup: None, listened: HashMap::new(), started: 0, away: false };
+    let mut fleet = Fleet {
+        most,
+        hosts: 0,
+        counted: None,
+        overhead: OVERHEAD,
+        setup: None,
+        listened: HashMap::new(),
+        started: 0,
+        away: false,
+    };
     let result = fleet.to_the_end(lab, shards);
-    let open: Vec<_> =
-        shards.open().filter_map(|(id, shard)| Some((id, shard.job.clone()?))).collect();
+    let open: Vec<_> = shards.open().filter_map(|(id, shard)| Some((id, shard.job.clone()?))).collect();
     if !open.is_empty() {
         lab.cancel(&open.iter().map(|(_, job)| job.clone()).collect::<Vec<_>>());
     }
@@ -343,7 +351,11 @@ impl Fleet {
     }
 
     /// Listens to those that were not heard for long; the ones that are silent.
-    fn listen<L: Lab>(&mut self, lab: &mut L, shards: &mut Shards) -> Result<Vec<(ShardId, String)>, Trouble> {
+    fn listen<L: Lab>(
+        &mut self,
+        lab: &mut L,
+        shards: &mut Shards,
+    ) -> Result<Vec<(ShardId, String)>, Trouble> {
         let (now, pause) = (lab.now(), interval(shards));
         let ends = |shard: &super::shards::Shard| matches!(shard.state, State::Running { over: true, .. });
         let settled = self.setup.map_or(STUCK, |longest| (longest * SLOWER).max(SETTLED));
