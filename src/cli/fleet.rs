@@ -16,7 +16,7 @@ use shakedown::record::history::History;
 use shakedown::record::{Environment, Outcome, Run};
 use shakedown::testflinger::client::{Client, Login};
 use shakedown::testflinger::fleet::job::{self, Common};
-use shakedown::testflinger::fleet::lab::{Notice, Row, ServerLab};
+use shakedown::testflinger::fleet::lab::{self, Notice, Row, ServerLab};
 use shakedown::testflinger::fleet::run::{self, Trouble};
 use shakedown::testflinger::fleet::shards::Shards;
 use std::collections::BTreeMap;
@@ -104,6 +104,7 @@ impl RunArgs {
             Common { queue: self.queue.clone(), tag: String::new(), markers: self.markers.clone(), template };
         common.check()?;
         let client = Client::for_user(&self.server, login);
+        lab::check_queue(&client, &self.queue)?;
         let binary = self.binary()?;
         let environment = Environment::read(&binary.directory)?;
         let names = self.names(&binary)?;

@@ -73,7 +73,9 @@ pub(super) fn gone(layout: &Layout, disks: &[String]) -> Vec<Step> {
                 let file = format!("/sys/class/block/md{}/md/array_state", array.number);
                 steps.push(Step::look(
                     format!("the array /dev/md{}", array.number),
-                    format!("[ ! -e {file} ] || {{ read -r state <{file}; [ $state = clear ] || echo $state; }}"),
+                    format!(
+                        "[ ! -e {file} ] || {{ read -r state <{file}; [ $state = clear ] || echo $state; }}"
+                    ),
                 ));
             }
             Layer::Vg { name, .. } => {
@@ -228,7 +230,8 @@ fn put_away(layout: &Layout, disks: usize, undo: &[String]) -> String {
     text += &detach("copy");
     for number in 0..disks {
         let mapped = copy_mapped(layout, number);
-        text += &format!("[ ! -e /dev/mapper/{mapped} ] || {{ {SETTLE}; dmsetup remove --retry {mapped}; }}\n");
+        text +=
+            &format!("[ ! -e /dev/mapper/{mapped} ] || {{ {SETTLE}; dmsetup remove --retry {mapped}; }}\n");
     }
     text += &detach("changes");
     let files: Vec<_> = (0..disks).map(|disk| copy_file(layout, disk)).collect();

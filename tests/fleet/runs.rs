@@ -161,6 +161,18 @@ fn wrong_usage_is_said_before_anything_is_submitted() {
     let ended = lab.run(&["pass"]);
     assert_eq!(ended.code, Some(1));
     assert!(ended.err.contains("no agent takes jobs from the queue `fleet`"), "{}", ended.err);
+    let agent = serde_json::json!({"name": "host0", "state": "offline"});
+    lab.server.state().queues.entry(QUEUE.into()).or_default().push(agent);
+    let offline = lab.run(&["pass"]);
+    assert!(offline.err.contains("all agents of the queue `fleet` are offline"), "{}", offline.err);
+    lab.server.state().queues.remove(QUEUE);
+    let unknown = lab.run(&["pass"]);
+    assert!(unknown.err.contains("the server knows no queue `fleet`"), "{}", unknown.err);
+    lab.server
+        .state()
+        .queues
+        .insert(QUEUE.into(), vec![serde_json::json!({"name": "host0", "state": "waiting"})]);
+    assert!(!lab.dir.path().join("notes").exists(), "nothing is on record");
     let none = lab.run(&["no_such_scenario"]);
     assert!(none.err.contains("no scenario is selected"), "{}", none.err);
     let template = lab.dir.path().join("job.yaml");

@@ -223,7 +223,7 @@ impl<'a> ServerLab<'a> {
                 rewound.map(|()| Some(file)).map_err(Trouble::Fatal)
             }
             Ok(false) => Ok(None),
-            Err(error) if error.is_passing() => Err(Trouble::Away(error.to_string())),
+            Err(error) if error.is_passing() => Err(trouble(error)),
             // It is as if there were none: what was heard still counts.
             Err(_) => Ok(None),
         }
@@ -250,6 +250,30 @@ impl<'a> ServerLab<'a> {
     }
 }
 
+/// Refuses a queue from which nobody takes jobs: before anything is on record.
+///
+/// # Errors
+/// When there is no such queue, no agent that works, or no answer.
+pub fn check_queue(client: &Client, queue: &str) -> Result<()> {
+    let agents =
+        client.agents_of(queue).with_context(|| Fault::host("cannot ask the server for its agents"))?;
+    let fault = match agents.as_deref() {
+        None => Fault::host(format!("the server knows no queue `{queue}`"))
+            .fix("correct the name, or start an agent for it"),
+        Some([]) => Fault::host(format!("no agent takes jobs from the queue `{queue}`")).fix("start one"),
+        Some(agents) if !agents.iter().any(works) => {
+            Fault::host(format!("all agents of the queue `{queue}` are offline: {}", agents.len()))
+                .fix("set one of them online")
+        }
+        Some(_) => return Ok(()),
+    };
+    Err(fault.into())
+}
+
+fn works(agent: &wire::AgentData) -> bool {
+    !matches!(agent.state.as_str(), "offline" | "maintenance")
+}
+
 /// Hears what is new in a job's log; whether there is anything.
 fn listen(client: &Client, job: &mut Job) -> Result<bool, Trouble> {
     let parts = client.log(&job.id, wire::Log::Output, job.fragment).map_err(trouble)?;
@@ -268,7 +292,9 @@ fn listen(client: &Client, job: &mut Job) -> Result<bool, Trouble> {
 }
 
 fn trouble(error: Error) -> Trouble {
-    if error.is_passing() { Trouble::Away(error.to_string()) } else { Trouble::Fatal(error.into()) }
+    let passes = error.is_passing();
+    let error = anyhow::Error::new(error);
+    if passes { Trouble::Away(format!("{error:#}")) } else { Trouble::Fatal(error) }
 }
 
 /// Does something for each, a few at a time; the answers in the same order.
@@ -322,21 +348,7 @@ impl Lab for ServerLab<'_> {
 
     fn hosts(&mut self, without: &BTreeSet<String>) -> Result<usize, Trouble> {
         let agents = self.client.agents_of(&self.common.queue).map_err(trouble)?.unwrap_or_default();
-        let working: Vec<_> = agents
-            .iter()
-            .filter(|agent| !matches!(agent.state.as_str(), "offline" | "maintenance"))
-            .collect();
-        if working.is_empty() && self.jobs.is_empty() {
-            let queue = &self.common.queue;
-            let seen = agents.len();
-            return Err(Trouble::Fatal(
-                Fault::host(format!(
-                    "no agent takes jobs from the queue `{queue}`: {seen} are known, all of them offline"
-                ))
-                .fix(format!("start one, or name another queue than `{queue}`"))
-                .into(),
-            ));
-        }
+        let working: Vec<_> = agents.iter().filter(|agent| works(agent)).collect();
         let trusted = working.iter().filter(|agent| !without.contains(&agent.name)).count();
         self.needs_all = trusted == 0;
         Ok(if self.needs_all { working.len() } else { trusted })

@@ -3,7 +3,7 @@
 //! Decides by what a [`Lab`] shows, and acts through it alone, so that the simulation exercises this
 //! very code. Time is the lab's, too.
 
-use super::shards::{End, GivenUp, ShardId, Shards, State};
+use super::shards::{End, GivenUp, Shard, ShardId, Shards, State};
 use super::split::{Index, Sizes};
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
@@ -82,7 +82,7 @@ pub struct Harvest<F> {
 /// How the run of a shard ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ended {
-    /// It ran, or nowhere could.
+    /// Why it could run nowhere; `None` when it ran.
     pub hopeless: Option<String>,
     /// What its scenarios took.
     pub took: Duration,
@@ -116,7 +116,7 @@ pub trait Lab {
     /// How many agents may take shards, without those.
     ///
     /// # Errors
-    /// When the server does not say, or there was never one.
+    /// When the server does not say.
     fn hosts(&mut self, without: &BTreeSet<String>) -> Result<usize, Trouble>;
 
     /// Submits shards; the ids of their jobs. A shard that could not be submitted for an outage is
@@ -183,7 +183,7 @@ pub fn run<L: Lab>(lab: &mut L, shards: &mut Shards, most: Option<usize>) -> Res
         started: 0,
         away: false,
     };
-    let result = fleet.to_the_end(lab, shards);
+    let result = fleet.until_done(lab, shards);
     let open: Vec<_> = shards.open().filter_map(|(id, shard)| Some((id, shard.job.clone()?))).collect();
     if !open.is_empty() {
         lab.cancel(&open.iter().map(|(_, job)| job.clone()).collect::<Vec<_>>());
@@ -225,7 +225,7 @@ struct Fleet {
 }
 
 impl Fleet {
-    fn to_the_end<L: Lab>(&mut self, lab: &mut L, shards: &mut Shards) -> Result<(), Trouble> {
+    fn until_done<L: Lab>(&mut self, lab: &mut L, shards: &mut Shards) -> Result<(), Trouble> {
         let whole = shards.backlog();
         let mut last_sign = lab.now();
         while !shards.all_done() {
@@ -292,7 +292,7 @@ impl Fleet {
         let open = shards.open().count();
         let smallest = (4 * self.overhead).max(SMALLEST).min(whole.div_f64(hosts as f64));
         shards.make(most.saturating_sub(open), Sizes { hosts, smallest, largest: LARGEST });
-        let order = |(shard, new): (ShardId, &super::shards::Shard)| Order {
+        let order = |(shard, new): (ShardId, &Shard)| Order {
             shard,
             scenarios: new.scenarios.clone(),
             exclude: shards.distrusted().clone(),
