@@ -188,6 +188,8 @@ fn sentinel(layer: &Layer, dev: &str) -> String {
 /// Loop devices, because they can have partitions: over a snapshot, whose changes go to memory, or
 /// over a whole copy where the disk is so small that this is faster.
 fn copies(layout: &Layout, disks: &[String]) -> String {
+    let tables = layout.layers.iter().any(|layer| matches!(layer, Layer::Table { .. }));
+    let attach = if tables { "losetup --find --show --partscan" } else { "losetup --find --show" };
     let mut text = format!(
         "[ -e /sys/module/loop ] || modprobe -q loop\n\
          [ -d /run/residue ] || mkdir -p /run/residue\n\
@@ -199,12 +201,12 @@ fn copies(layout: &Layout, disks: &[String]) -> String {
         text += &format!(
             "if [ $1 -le {LARGEST_COPY} ]; then\n\
              dd if={disk} of={file} bs=1M iflag=direct conv=sparse status=none &&\n\
-             copy{number}=$(losetup --find --show --partscan {file})\n\
+             copy{number}=$({attach} {file})\n\
              else\n\
              truncate -s $(($1 * 512)) {file} &&\n\
              changes{number}=$(losetup --find --show {file}) &&\n\
              modprobe -q dm-snapshot; dmsetup create {mapped} --table \"0 $1 snapshot {disk} $changes{number} N 8\" &&\n\
-             copy{number}=$(losetup --find --show --partscan /dev/mapper/{mapped})\n\
+             copy{number}=$({attach} /dev/mapper/{mapped})\n\
              fi && shift &&\n"
         );
     }
