@@ -1,5 +1,6 @@
 //! A lab behind a Testflinger server: jobs and requests for shards, a run directory for verdicts.
 
+use super::each::each;
 use super::harvest::{self, Log};
 use super::job::Common;
 use super::run::{Harvest, JobState, Lab, News, Order, Trouble, Verdict};
@@ -16,11 +17,8 @@ use serde_json::json;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::path::PathBuf;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-/// How many requests are under way at once.
-const AT_ONCE: usize = 8;
 /// A shard's artifacts, packed.
 const LARGEST_ARTIFACTS: u64 = 2 << 30;
 
@@ -140,6 +138,7 @@ impl<'a> ServerLab<'a> {
                 State::Running { .. } => "running",
                 State::Ended => "ended",
                 State::Lost(_) => "lost",
+                State::Dropped => "cancelled",
             });
             json!({
                 "shard": id, "job_id": job.id, "state": state, "lost_because": why,
@@ -295,27 +294,6 @@ fn trouble(error: Error) -> Trouble {
     let passes = error.is_passing();
     let error = anyhow::Error::new(error);
     if passes { Trouble::Away(format!("{error:#}")) } else { Trouble::Fatal(error) }
-}
-
-/// Does something for each, a few at a time; the answers in the same order.
-fn each<T: Send, R: Send>(items: Vec<T>, act: impl Fn(T) -> R + Sync) -> Vec<R> {
-    let count = items.len();
-    let queue = Mutex::new(items.into_iter().enumerate());
-    let done = Mutex::new(Vec::with_capacity(count));
-    let next = || queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
-    std::thread::scope(|scope| {
-        for _ in 0..AT_ONCE.min(count) {
-            scope.spawn(|| {
-                while let Some((place, item)) = next() {
-                    let answer = act(item);
-                    done.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push((place, answer));
-                }
-            });
-        }
-    });
-    let mut done = done.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    done.sort_by_key(|(place, _)| *place);
-    done.into_iter().map(|(_, answer)| answer).collect()
 }
 
 /// A random UUID (version 4).

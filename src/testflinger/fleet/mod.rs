@@ -7,10 +7,11 @@
 //!
 //! A shard is longer at the beginning of a run and shorter towards its end; it has the longest scenarios
 //! that are left, by the medians of the ledger. A host that dies takes a shard with it: its job ends
-//! without the file that says how its run ended, or it says nothing for 90 seconds, though a shard says
+//! without the file that says how its run ended, or it says nothing for 75 seconds, though a shard says
 //! something every 15. What it had finished was in its log and is not repeated; the rest goes into
 //! other shards, which other agents get. A scenario that is lost three times ends in `error`.
 
+mod each;
 mod harvest;
 pub mod job;
 pub mod lab;

@@ -194,7 +194,7 @@ pub fn run<L: Lab>(lab: &mut L, shards: &mut Shards, most: Option<usize>) -> Res
                 lab.keep(scenario, Verdict::Found(finding))?;
             }
         }
-        shards.close(id, &End::NotSubmitted);
+        shards.close(id, &End::Dropped);
     }
     for scenario in shards.unfinished() {
         shards.finish(scenario);

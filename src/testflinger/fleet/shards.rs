@@ -48,6 +48,14 @@ pub enum State {
     Ended,
     /// It will not end.
     Lost(String),
+    /// Nobody waits for its end.
+    Dropped,
+}
+
+impl State {
+    fn is_over(&self) -> bool {
+        matches!(self, Self::Ended | Self::Lost(_) | Self::Dropped)
+    }
 }
 
 /// How a shard came to its end.
@@ -59,8 +67,8 @@ pub enum End {
     Hopeless(String),
     /// It, its job or its host died.
     Lost(String),
-    /// The server never took it.
-    NotSubmitted,
+    /// Nobody waits for it any more.
+    Dropped,
 }
 
 /// A scenario that gets no further try.
@@ -138,7 +146,7 @@ impl Shards {
 
     /// The shards that are not over, oldest first.
     pub fn open(&self) -> impl Iterator<Item = (ShardId, &Shard)> {
-        let open = |shard: &Shard| !matches!(shard.state, State::Ended | State::Lost(_));
+        let open = |shard: &Shard| !shard.state.is_over();
         self.all.iter().enumerate().filter(move |(_, shard)| open(shard))
     }
 
@@ -180,13 +188,13 @@ impl Shards {
     /// is given up, which the caller has to put on record.
     pub fn close(&mut self, shard: ShardId, end: &End) -> Vec<GivenUp> {
         let closed = &mut self.all[shard];
-        if matches!(closed.state, State::Ended | State::Lost(_)) {
+        if closed.state.is_over() {
             return Vec::new();
         }
         closed.state = match end {
             End::Whole | End::Hopeless(_) => State::Ended,
             End::Lost(why) => State::Lost(why.clone()),
-            End::NotSubmitted => State::Lost("the server did not take it".into()),
+            End::Dropped => State::Dropped,
         };
         if let (End::Lost(_), Some(agent)) = (end, &closed.agent) {
             self.distrusted.insert(agent.clone());
@@ -197,7 +205,7 @@ impl Shards {
                 continue;
             }
             let reason = match end {
-                End::NotSubmitted => None,
+                End::Dropped => None,
                 End::Hopeless(why) => Some(why.clone()),
                 End::Whole => self.lose(scenario, "its shard ended without a verdict of it"),
                 End::Lost(why) => self.lose(scenario, why),
@@ -273,11 +281,11 @@ mod tests {
     }
 
     #[test]
-    fn a_shard_that_no_server_took_costs_no_try() {
+    fn a_shard_that_is_dropped_costs_no_try() {
         let mut shards = books(1);
         for _ in 0..10 {
             let made = shards.make(1, SIZES)[0];
-            assert!(shards.close(made, &End::NotSubmitted).is_empty());
+            assert!(shards.close(made, &End::Dropped).is_empty());
         }
         let made = shards.make(1, SIZES)[0];
         assert_eq!(shards.close(made, &End::Hopeless("wrong settings".into())).len(), 1);
@@ -322,7 +330,7 @@ mod tests {
                         let end = match how {
                             0 => End::Lost("it died".into()),
                             1 => End::Hopeless("it cannot run".into()),
-                            2 => End::NotSubmitted,
+                            2 => End::Dropped,
                             3 => End::Whole,
                             _ => {
                                 for scenario in shards.get(*shard).scenarios.clone() {
