@@ -8,6 +8,7 @@ mod bench;
 mod demo;
 mod doctor;
 mod image;
+mod jobs;
 mod ledger;
 mod plan;
 mod progress;
@@ -25,6 +26,7 @@ use clap::{Parser, Subcommand};
 use shakedown::deadline::Stop;
 use shakedown::harness::WrongSettings;
 use shakedown::record::environment;
+use shakedown::testflinger::jobs::WrongInput;
 use shakedown::{host, process};
 use std::io;
 use std::process::ExitCode;
@@ -47,6 +49,7 @@ enum Command {
     Plan(plan::Plan),
     Ledger(ledger::Ledger),
     Agent(agent::Agent),
+    Jobs(jobs::Jobs),
     Bench(bench::Bench),
 }
 
@@ -79,6 +82,7 @@ Examples:
   shakedown image list          The boot images in the store
   shakedown template prune      Removes frozen machines that were not used for long
   shakedown ledger check        Whether every line of the ledger is valid
+  shakedown jobs                A Testflinger job on each machine of a list
   shakedown bench boot --json   How fast machines boot here";
 
 const EXIT_STATUS: &str = "\
@@ -122,6 +126,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Vm(vm) => vm.run(),
         Command::Plan(plan) => plan.run(),
         Command::Ledger(ledger) => ledger.run(),
+        Command::Jobs(jobs) => jobs.run(),
         Command::Bench(bench) => bench.run(),
         Command::Agent(agent) => Ok(Verdict::Status(agent.run())),
     });
@@ -157,7 +162,10 @@ fn status_of(error: &anyhow::Error, otherwise: u8) -> u8 {
         INTERRUPTED
     } else if error.chain().any(broken_pipe) {
         BROKEN_PIPE
-    } else if error.is::<WrongSettings>() || error.chain().any(|e| e.is::<host::setting::Invalid>()) {
+    } else if error.is::<WrongSettings>()
+        || error.is::<WrongInput>()
+        || error.chain().any(|e| e.is::<host::setting::Invalid>())
+    {
         2
     } else {
         otherwise
