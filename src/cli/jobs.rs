@@ -110,9 +110,9 @@ impl Jobs {
         if let Some(problem) = report.problem {
             return Err(problem.context("the jobs have ended, and not all could be recorded"));
         }
-        let fine = |row: &Row| match row.outcome {
-            Some(outcome) => outcome == Outcome::Passed,
-            None => !options.watch,
+        let fine = |row: &Row| match options.watch {
+            true => row.outcome == Some(Outcome::Passed),
+            false => row.job_id.is_some() && row.outcome != Some(Outcome::Error),
         };
         Ok(if report.rows.iter().all(fine) { Verdict::Fine } else { Verdict::NotFine })
     }
@@ -120,7 +120,7 @@ impl Jobs {
 
 /// What Ctrl-C leaves behind.
 fn farewell(view: &View) -> String {
-    let line: Vec<_> = std::env::args().map(|word| process::quote(&word)).collect();
+    let line: Vec<_> = std::env::args_os().map(|word| process::quote(&word.to_string_lossy())).collect();
     let jobs = match view.unfinished() {
         0 => "No job was submitted that goes on.".to_owned(),
         1 => "1 job goes on without us.".to_owned(),

@@ -19,22 +19,28 @@ fn once(
 
 #[test]
 fn a_lost_answer_at_any_request_changes_nothing() {
-    for fault in
-        [Fault::Drop, Fault::Lose, Fault::Cut, Fault::Status(500), Fault::Status(503), Fault::Status(429)]
-    {
-        for which in ["POST /v1/job", "attachments", "search", "agents", "/v1/result/"] {
-            let desk = Desk::new(&[("m1", &[passed()])]);
-            desk.server.misbehave(once(fault, move |request| {
-                let line = format!("{} {}", request.method, request.path);
-                if which.starts_with("POST") { line == which } else { line.contains(which) }
-            }));
-            let ended = desk.run(&[]);
-            assert_eq!(ended.status, 0, "{fault:?} at {which}: {}\n{}", ended.stdout, ended.stderr);
-            assert_eq!(desk.server.state().jobs.len(), 1, "{fault:?} at {which}");
-            assert_eq!(desk.ledger().len(), 1);
-            desk.check();
+    let faults =
+        [Fault::Drop, Fault::Lose, Fault::Cut, Fault::Status(500), Fault::Status(503), Fault::Status(429)];
+    let places = ["POST /v1/job", "attachments", "search", "agents", "/v1/result/"];
+    // Most of the time is waits before tries.
+    std::thread::scope(|scope| {
+        for fault in faults {
+            scope.spawn(move || places.map(|place| lost_answer(fault, place)));
         }
-    }
+    });
+}
+
+fn lost_answer(fault: Fault, place: &'static str) {
+    let desk = Desk::new(&[("m1", &[passed()])]);
+    desk.server.misbehave(once(fault, move |request| {
+        let line = format!("{} {}", request.method, request.path);
+        if place.starts_with("POST") { line == place } else { line.contains(place) }
+    }));
+    let ended = desk.run(&[]);
+    assert_eq!(ended.status, 0, "{fault:?} at {place}: {}\n{}", ended.stdout, ended.stderr);
+    assert_eq!(desk.server.state().jobs.len(), 1, "{fault:?} at {place}");
+    assert_eq!(desk.ledger().len(), 1);
+    desk.check();
 }
 
 /// Kills the command at its request number `at`, before or after the server acts; false when there is

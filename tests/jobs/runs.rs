@@ -116,9 +116,36 @@ fn once_all_have_ended_it_begins_anew_and_old_results_are_gone() {
     let answer = desk.json(1, &[]);
     let second = desk.server.job("m1").id;
     assert_ne!(first, second);
-    assert_eq!(answer["jobs"]["m1"]["previous_jobs"], json!([first]));
-    assert_eq!(answer["jobs"]["m1"]["attempt"], 1);
+    assert_eq!(
+        (&answer["jobs"]["m1"]["previous_jobs"], &answer["jobs"]["m1"]["attempt"]),
+        (&json!([]), &json!(1))
+    );
     assert_eq!(desk.read("job_outputs/m1/output.txt"), "", "not that of the first run");
+    assert_eq!(desk.ledger().len(), 2);
+    desk.server.check();
+}
+
+#[test]
+fn a_new_run_can_be_had_and_remembers_what_goes_on() {
+    let desk = Desk::new(&[("m1", &[])]);
+    desk.run(&["--send-jobs"]).is(0);
+    let first = desk.server.job("m1").id;
+    desk.run(&["--send-jobs", "--new-run"]).is(0);
+    assert_ne!(desk.server.job("m1").id, first);
+    let known = desk.read("job_outputs/m1/job.json");
+    assert!(known.contains(&first), "{known}");
+    desk.check();
+}
+
+#[test]
+fn a_machine_that_is_added_later_gets_its_job_in_the_run_that_goes_on() {
+    let desk = Desk::new(&[("m1", &[])]);
+    desk.run(&["--send-jobs"]).is(0);
+    desk.write("machines.txt", "m1\nm2\n");
+    desk.server.queue("m2", &[]);
+    desk.run(&["--send-jobs"]).is(0).says("of 2 machines, 1 have a job");
+    assert_eq!(desk.server.job("m1").data["tags"], desk.server.job("m2").data["tags"]);
+    assert_eq!(desk.server.state().jobs.len(), 2);
     desk.check();
 }
 

@@ -191,11 +191,6 @@ fn answer(shared: &(Mutex<State>, Condvar), request: &Request) -> (Option<Answer
 }
 
 impl State {
-    /// The jobs of a queue, oldest first.
-    pub(crate) fn jobs_of(&self, queue: &str) -> Vec<&Job> {
-        self.jobs.iter().filter(|job| job.queue() == queue).collect()
-    }
-
     /// What agents do.
     fn work(&mut self) {
         for job in &mut self.jobs {

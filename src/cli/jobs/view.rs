@@ -44,7 +44,10 @@ impl View {
                 self.rows = rows.into_iter().map(|row| (row, Instant::now())).collect();
             }
             News::Changed(row) => {
-                self.say(&line(&row));
+                // The table has the rest.
+                if self.bar.is_none() || row.outcome.is_some() {
+                    self.say(&line(&row));
+                }
                 if let Some(known) = self.rows.iter_mut().find(|(known, _)| known.machine == row.machine) {
                     *known = (row, Instant::now());
                 }
@@ -102,7 +105,10 @@ impl View {
 
 /// What changed, in a line.
 fn line(row: &Row) -> String {
-    let job = row.job_id.as_deref().map(|job| format!(" (job {})", short(job))).unwrap_or_default();
+    // At its beginning and its end: it is what one looks for in a log.
+    let is_news = row.outcome.is_some() || row.state.as_deref() == Some("submitted");
+    let job = row.job_id.as_deref().filter(|_| is_news).map(|job| format!(" (job {})", short(job)));
+    let job = job.unwrap_or_default();
     let reason =
         row.reason.as_deref().map(|reason| format!(": {}", short_of(reason, 400))).unwrap_or_default();
     let state = match (row.outcome, &row.state) {

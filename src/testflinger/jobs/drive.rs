@@ -4,7 +4,7 @@ use super::plan::{self, Machine, Plan, Step};
 use super::record::Recorder;
 use super::retry::Retry;
 use super::store::{Ended, Job, Stage};
-use super::work::{Shop, expired, lost};
+use super::work::{Shop, expired, lost, refusal};
 use super::{News, Options, Outcome, Report, Row, Trouble};
 use crate::deadline::Stop;
 use crate::fault::Fault;
@@ -60,12 +60,12 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(News)) -> Result<Report> {
         under_way: 0,
         search: Retry::now(),
         searching: false,
-        has_contact: false,
+        last_contact: None,
         in_trouble: false,
         problem: None,
     };
     drive.record_all()?;
-    let result = drive.to_the_end(&done);
+    let result = drive.go_on(&done);
     let ended = drive.recorder.end();
     result?;
     drive.problem = drive.problem.or(ended.err());
@@ -117,8 +117,8 @@ struct Drive<'a> {
     under_way: usize,
     search: Retry,
     searching: bool,
-    /// The server has answered.
-    has_contact: bool,
+    /// When the server last answered.
+    last_contact: Option<Instant>,
     /// What was said of an outage still holds.
     in_trouble: bool,
     /// The first thing that could not be recorded.
@@ -126,7 +126,7 @@ struct Drive<'a> {
 }
 
 impl Drive<'_> {
-    fn to_the_end(&mut self, done: &Receiver<Done>) -> Result<()> {
+    fn go_on(&mut self, done: &Receiver<Done>) -> Result<()> {
         let mut ticked = Instant::now();
         while self.machines.iter().any(|machine| machine.step != Step::Over) {
             if process::interrupted() {
@@ -149,12 +149,12 @@ impl Drive<'_> {
     /// Gives workers what is due.
     fn dispatch(&mut self) {
         let waits = self.machines.iter().any(|machine| machine.step == Step::Watch);
-        if !self.searching && self.search.is_due() && (waits || !self.has_contact) {
+        if !self.searching && self.search.is_due() && (waits || self.last_contact.is_none()) {
             self.searching = true;
             self.assign(Task::Search(self.tag.clone()));
         }
         // One request tells whether the server is there and lets us in.
-        if !self.has_contact {
+        if self.last_contact.is_none() {
             return;
         }
         for index in 0..self.machines.len() {
@@ -224,22 +224,15 @@ impl Drive<'_> {
             Err(error) if matches!(error.status(), Some(404 | 405)) => Vec::new(),
             Err(error) if error.is_passing() => {
                 let error = anyhow::Error::new(error);
-                let Some(wait) = self.search.failed(self.has_contact) else {
-                    let fault =
-                        Fault::host(format!("the server {} does not answer", self.shop.client.base()));
-                    return Err(error.context(fault.fix("check `--server`; the same command goes on later")));
+                let Some(wait) = self.search.failed(self.last_contact.is_some()) else {
+                    return Err(self.away(error));
                 };
                 self.say_trouble(|| format!("cannot ask for the states of the jobs: {error:#}"), wait);
                 return Ok(());
             }
-            Err(error) => {
-                let fault = Fault::host(format!("the server {} refuses us", self.shop.client.base()));
-                let fix = "check `--server`, TESTFLINGER_CLIENT_ID and TESTFLINGER_SECRET_KEY";
-                return Err(anyhow::Error::new(error).context(fault.fix(fix)));
-            }
+            Err(error) => return Err(refusal(error)),
         };
-        self.has_contact = true;
-        self.in_trouble = false;
+        self.heard();
         self.search.worked(self.options.poll_interval);
         let states: HashMap<_, _> = found.into_iter().map(|found| (found.job_id, found.state)).collect();
         for index in 0..self.machines.len() {
@@ -274,7 +267,7 @@ impl Drive<'_> {
                     // It stays on disk, so that the next process finds out.
                     _ => format!("perhaps submitted, as job {}", machine.job.job_id),
                 };
-                machine.refused = Some(format!("{what}: {error:#}"));
+                machine.refused = Some(format!("{what}: {error:#}").replace("\nFix: ", "; "));
                 // What was known before the refusal is so again.
                 let before = machine.job.before.take().filter(|before| before.run == self.tag);
                 if let (Some(before), Stage::Planned) = (before, machine.job.stage) {
@@ -300,18 +293,33 @@ impl Drive<'_> {
         match result {
             Ok(value) => {
                 machine.retry = Retry::now();
-                self.in_trouble = false;
+                self.heard();
                 Ok(Some(Ok(value)))
             }
             Err(Trouble::Lasting(error)) => Ok(Some(Err(error))),
             Err(Trouble::Here(error)) => Err(error),
             Err(Trouble::Passing(error)) => {
-                let Some(wait) = machine.retry.failed(true) else { return Ok(Some(Err(error))) };
+                let Some(wait) = machine.retry.failed(true) else {
+                    // Where others get answers, it is about this job.
+                    let is_away = self.last_contact.is_none_or(|at| at.elapsed() > Duration::from_secs(300));
+                    return if is_away { Err(self.away(error)) } else { Ok(Some(Err(error))) };
+                };
                 let name = machine.name.clone();
                 self.say_trouble(|| format!("{name}: {what}: {error:#}"), wait);
                 Ok(None)
             }
         }
+    }
+
+    fn heard(&mut self) {
+        self.last_contact = Some(Instant::now());
+        self.in_trouble = false;
+    }
+
+    /// The server does not come back: the jobs go on, and so does the same command later.
+    fn away(&self, error: anyhow::Error) -> anyhow::Error {
+        let fault = Fault::host(format!("the server {} does not answer", self.shop.client.base()));
+        error.context(fault.fix("check `--server`; the same command goes on later"))
     }
 
     /// Once for an outage, not once for each machine and try.

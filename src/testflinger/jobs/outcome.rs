@@ -99,9 +99,10 @@ pub fn exit(result: &JobResult) -> Option<i64> {
     result.phases.iter().filter(|(phase, _)| counts(phase)).filter_map(|(_, result)| result.status).max()
 }
 
-/// The last line that says something, short and harmless.
+/// The last line that says something, short and harmless. The banner at the top says nothing.
 fn last_line(output: &str) -> Option<String> {
-    let line = output.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
+    let is_banner = |line: &str| line.starts_with('*') && line.ends_with('*');
+    let line = output.lines().rev().map(str::trim).find(|line| !line.is_empty() && !is_banner(line))?;
     let mut short: String = visible(line).chars().take(160).collect();
     if short.len() < line.len() {
         short.push('…');
@@ -129,7 +130,11 @@ mod tests {
         for (statuses, outcome, why) in [
             (&[(Provision, 0, ""), (Test, 0, ""), (Cleanup, 1, "")][..], Passed, ""),
             (&[(Provision, 0, ""), (Test, 3, "a\nb\n\n"), (Reserve, 1, "")], Failed, "test ended with 3: b"),
-            (&[(Provision, 46, "")], ProvisionFailed, "provision ended with 46"),
+            (
+                &[(Provision, 46, "***\n* Starting testflinger provision phase on a *\n***\n")],
+                ProvisionFailed,
+                "provision ended with 46",
+            ),
             (&[(FirmwareUpdate, 1, ""), (Test, 0, "")], Failed, "firmware_update ended with 1"),
             (&[(Setup, 1, "no power")], Error, "setup ended with 1: no power"),
             (&[(Test, 0, ""), (Reserve, 2, "")], Error, "reserve ended with 2"),

@@ -101,7 +101,7 @@ mod tests {
             .collect();
         members.sort();
         let expected = [
-            ("provision/data", b'5', 0o100),
+            ("provision/data/", b'5', 0o100),
             ("provision/data/link", b'2', 0o100),
             ("provision/data/one", b'0', 0),
             ("test/bin/tool", b'0', 0o100),

@@ -103,7 +103,9 @@ impl Job {
     /// A job that nobody has submitted. It remembers the ids of the machine's job before it.
     pub(super) fn planned(machine: &str, run: &str, before: Option<Self>) -> Self {
         let attempt = before.as_ref().filter(|job| job.run == run).map_or(1, |job| job.attempt + 1);
-        let previous = before.as_ref().map(|job| [job.previous.as_slice(), &[job.job_id.clone()]].concat());
+        // Of an earlier run, what ended is in the ledger.
+        let kept = before.as_ref().filter(|job| job.run == run || job.ended.is_none());
+        let previous = kept.map(|job| [job.previous.as_slice(), std::slice::from_ref(&job.job_id)].concat());
         Self {
             schema_version: VERSION,
             machine: machine.to_owned(),
@@ -313,7 +315,7 @@ mod tests {
         let third = Job::planned("m1", "tag", Some(second.clone()));
         assert_eq!((third.attempt, &third.previous), (3, &vec![first.job_id.clone(), second.job_id.clone()]));
         let other_run = Job::planned("m1", "other", Some(second.clone()));
-        assert_eq!((other_run.attempt, other_run.previous.len()), (1, 2));
+        assert_eq!((other_run.attempt, other_run.previous.len()), (1, 2), "they may go on");
         store.save(&second).expect("saves");
         store.forget(&second).expect("forgets");
         assert_eq!(store.job("m1").expect("reads"), Some(first.clone()), "the server refused the second one");

@@ -7,12 +7,13 @@ use super::template::Template;
 use super::{Trouble, hw_status};
 use crate::fault::Fault;
 use crate::record::metadata::Utc;
-use crate::testflinger::client::{Client, Error, JobResult};
+use crate::testflinger::client::{Client, Error, JobResult, PhaseResult};
 use crate::testflinger::wire::{Phase, job_state};
 use serde_json::Value;
+use std::borrow::Cow;
 
 /// Of a phase's output, more than this is of no use, and would not fit into memory.
-const LARGEST_LOG: u64 = 64 << 20;
+const LARGEST_LOG: u64 = 32 << 20;
 
 /// What all workers share.
 #[derive(Debug)]
@@ -122,13 +123,15 @@ impl Shop {
 
     /// The state of one job that a search did not find; `None` when the server does not have it.
     pub(super) fn state(&self, job: &Job) -> Done<Option<String>> {
-        Ok(self.client.job_state(&job.job_id)?)
+        self.client.job_state(&job.job_id).map_err(watching)
     }
 
     /// Fetches the result of a job that has ended, keeps what is of use, and judges it; `None` when it
     /// goes on after all.
     pub(super) fn collect(&self, job: &Job) -> Done<Option<Ended>> {
-        let Some(result) = self.client.result(&job.job_id, LARGEST_LOG)? else { return Ok(Some(expired())) };
+        let Some(result) = self.client.result(&job.job_id, LARGEST_LOG).map_err(watching)? else {
+            return Ok(Some(expired()));
+        };
         if !job_state::is_final(&result.state) {
             return Ok(None);
         }
@@ -144,16 +147,26 @@ impl Shop {
         if outcome == Outcome::Cancelled {
             return Ok(None);
         }
-        let output = result.phases.get(&Phase::Test).map_or("", |test| test.output.as_str());
-        let found = hw_status::find(output);
+        let output = result.phases.get(&Phase::Test).map(whole).unwrap_or_default();
+        let found = hw_status::find(&output);
         for (phase, of) in &result.phases {
             if *phase != Phase::Test && of.status.is_some_and(|status| status != 0) {
-                self.store.write(&job.machine, &log_of(*phase), &of.output)?;
+                self.store.write(&job.machine, &log_of(*phase), &whole(of))?;
             }
         }
         self.store.write(&job.machine, HW_STATUS, found.as_deref().unwrap_or(hw_status::UNKNOWN))?;
-        self.store.write(&job.machine, OUTPUT, output)?;
+        self.store.write(&job.machine, OUTPUT, &output)?;
         Ok(found)
+    }
+}
+
+/// What a phase printed, saying so where it is not all of it.
+fn whole(phase: &PhaseResult) -> Cow<'_, str> {
+    if phase.is_cut {
+        format!("{}\n[the rest is left out: it has more than {} MiB]\n", phase.output, LARGEST_LOG >> 20)
+            .into()
+    } else {
+        phase.output.as_str().into()
     }
 }
 
@@ -176,6 +189,23 @@ pub(super) fn expired() -> Ended {
 /// The end of a job whose result cannot be had.
 pub(super) fn lost(error: &anyhow::Error) -> Ended {
     ended(Outcome::Error, Some(format!("its result cannot be had: {error:#}")))
+}
+
+/// Who may not look at jobs any more has lost none: that ends the watch, and not the jobs.
+fn watching(error: Error) -> Trouble {
+    let refused = |error: &Error| matches!(error.status(), Some(401 | 403));
+    match &error {
+        Error::NoToken { source } if !source.is_passing() => Trouble::Here(refusal(error)),
+        _ if refused(&error) => Trouble::Here(refusal(error)),
+        _ => error.into(),
+    }
+}
+
+/// Says what to do for a server that does not let us in.
+pub(super) fn refusal(error: Error) -> anyhow::Error {
+    let fault = Fault::host("the server refuses us");
+    anyhow::Error::new(error)
+        .context(fault.fix("check `--server`, TESTFLINGER_CLIENT_ID and TESTFLINGER_SECRET_KEY"))
 }
 
 impl From<Error> for Trouble {
