@@ -98,7 +98,8 @@ impl Jobs {
         let result = jobs::run(&options, &mut |news| view.show(news));
         view.finish();
         let report = result.inspect_err(|error| {
-            if error.chain().any(|e| e.downcast_ref() == Some(&Stop::Interrupted)) {
+            let interrupted = error.chain().any(|e| e.downcast_ref() == Some(&Stop::Interrupted));
+            if interrupted || view.unfinished() > 0 {
                 terminal::say(&farewell(&view));
             }
         })?;
@@ -118,7 +119,7 @@ impl Jobs {
     }
 }
 
-/// What Ctrl-C leaves behind.
+/// What Ctrl-C, or a server that is away, leaves behind.
 fn farewell(view: &View) -> String {
     let line: Vec<_> = std::env::args_os().map(|word| process::quote(&word.to_string_lossy())).collect();
     let jobs = match view.unfinished() {

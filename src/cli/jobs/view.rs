@@ -6,13 +6,18 @@ use crate::cli::terminal::{self, Paint};
 use indicatif::{ProgressBar, ProgressStyle};
 use shakedown::deadline::human;
 use shakedown::testflinger::jobs::{News, Outcome, Row};
+use std::collections::BTreeMap;
 use std::io;
 use std::time::{Duration, Instant};
+
+/// A log in which nothing happens for longer looks dead to who watches it.
+const SILENCE: Duration = Duration::from_secs(300);
 
 /// Those that go on, and since when they are in their state.
 pub(super) struct View {
     bar: Option<ProgressBar>,
     rows: Vec<(Row, Instant)>,
+    said: Instant,
 }
 
 impl View {
@@ -27,7 +32,7 @@ impl View {
             bar.enable_steady_tick(Duration::from_millis(200));
             bar
         });
-        Self { bar, rows: Vec::new() }
+        Self { bar, rows: Vec::new(), said: Instant::now() }
     }
 
     pub(super) fn show(&mut self, news: News) {
@@ -55,6 +60,10 @@ impl View {
             News::Trouble { what, wait } => {
                 self.say(&format!("{}; next try in {}", short_of(&what, 300), human(wait)));
             }
+            News::Tick if self.bar.is_none() && self.said.elapsed() >= SILENCE => {
+                let summary = self.summary();
+                self.say(&summary);
+            }
             News::Tick => {}
         }
         self.draw();
@@ -72,7 +81,19 @@ impl View {
         }
     }
 
-    fn say(&self, line: &str) {
+    /// How many are in which state.
+    fn summary(&self) -> String {
+        let mut states = BTreeMap::<_, usize>::new();
+        for (row, _) in &self.rows {
+            let state = row.outcome.map(|outcome| outcome.to_string()).or_else(|| row.state.clone());
+            *states.entry(short(state.as_deref().unwrap_or("not submitted"))).or_default() += 1;
+        }
+        let states: Vec<_> = states.iter().map(|(state, count)| format!("{count} {state}")).collect();
+        format!("{} machines: {}", self.rows.len(), states.join(", "))
+    }
+
+    fn say(&mut self, line: &str) {
+        self.said = Instant::now();
         match &self.bar {
             Some(bar) => bar.println(line),
             None => terminal::say(line),

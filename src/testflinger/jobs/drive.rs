@@ -1,5 +1,6 @@
 //! The one who decides: what is done next for which machine, what an answer means, and when it is over.
 
+use super::crew::{self, Done, Task, WORKERS};
 use super::plan::{self, Machine, Plan, Step};
 use super::record::Recorder;
 use super::retry::Retry;
@@ -13,28 +14,9 @@ use crate::testflinger::client::{Error, Found};
 use crate::testflinger::wire::job_state;
 use anyhow::{Context, Result};
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
-
-/// How many requests are under way at once.
-const WORKERS: usize = 8;
-
-/// Asked of a worker; the number is a machine's.
-enum Task {
-    Search(String),
-    Send(usize, Box<Job>),
-    Ask(usize, Box<Job>),
-    Collect(usize, Box<Job>),
-}
-
-/// What came of it.
-enum Done {
-    Found(Result<Vec<Found>, Error>),
-    Sent(usize, Box<Job>, Result<(), Trouble>),
-    Asked(usize, Result<Option<String>, Trouble>),
-    Collected(usize, Result<Option<Ended>, Trouble>),
-}
 
 /// Does what `options` say, telling of it.
 ///
@@ -47,7 +29,7 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(News)) -> Result<Report> {
     let rows = machines.iter().map(|machine| machine.row(&shop.store)).collect();
     tell(News::Begun { rows, resumed: is_resumed.then_some(run.started_at) });
     let shop = Arc::new(shop);
-    let (tasks, done) = employ(&shop)?;
+    let (tasks, done) = crew::employ(&shop)?;
     let recorder = Recorder::new(options.environment.clone(), &run.tag);
     let mut drive = Drive {
         options,
@@ -71,39 +53,6 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(News)) -> Result<Report> {
     drive.problem = drive.problem.or(ended.err());
     let rows = drive.machines.iter().map(|machine| machine.row(&drive.shop.store)).collect();
     Ok(Report { run: drive.tag, server: run.server, rows, problem: drive.problem })
-}
-
-fn employ(shop: &Arc<Shop>) -> Result<(Sender<Task>, Receiver<Done>)> {
-    let (tasks, from_drive) = mpsc::channel();
-    let (to_drive, done) = mpsc::channel();
-    let from_drive = Arc::new(Mutex::new(from_drive));
-    for number in 0..WORKERS {
-        let (shop, from_drive, to_drive) = (Arc::clone(shop), Arc::clone(&from_drive), to_drive.clone());
-        std::thread::Builder::new()
-            .name(format!("jobs-{number}"))
-            .spawn(move || work(&shop, &from_drive, &to_drive))
-            .context(Fault::host("cannot start a thread"))?;
-    }
-    Ok((tasks, done))
-}
-
-fn work(shop: &Shop, tasks: &Mutex<Receiver<Task>>, done: &Sender<Done>) {
-    loop {
-        let task = tasks.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(task) = task else { return };
-        let result = match task {
-            Task::Search(tag) => Done::Found(shop.client.search([tag.as_str()])),
-            Task::Send(index, mut job) => {
-                let result = shop.send(&mut job);
-                Done::Sent(index, job, result)
-            }
-            Task::Ask(index, job) => Done::Asked(index, shop.state(&job)),
-            Task::Collect(index, job) => Done::Collected(index, shop.collect(&job)),
-        };
-        if done.send(result).is_err() {
-            return;
-        }
-    }
 }
 
 struct Drive<'a> {

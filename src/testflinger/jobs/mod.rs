@@ -7,6 +7,7 @@
 //! Ctrl-C. What is about to be done is on disk before it is done: a process that is killed at any point
 //! is continued by the next one.
 
+mod crew;
 mod drive;
 pub mod hw_status;
 pub mod machines;
