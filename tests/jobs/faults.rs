@@ -63,7 +63,7 @@ fn killed_at(desk: &Desk, at: usize, before: bool) -> bool {
         let _ = sync.1.recv();
         Some(Fault::Drop)
     });
-    let running = desk.start(&[]);
+    let running = desk.start(&["--retry-provision", "1"]);
     let reached = watch(running, &kill);
     desk.server.behave();
     drop(killed);
@@ -92,24 +92,37 @@ fn watch(running: Running, kill: &mpsc::Receiver<()>) -> bool {
 fn killed_at_any_request_it_goes_on_as_if_nothing_had_been() {
     for before in [true, false] {
         for at in 0.. {
-            let desk = Desk::new(&[("m1", &[passed()]), ("m2", &[passed()])]);
+            let no_power = ("complete", json!({"provision_status": 1}));
+            let desk = Desk::new(&[("m1", &[passed()]), ("m2", &[no_power, passed()])]);
             let killed = killed_at(&desk, at, before);
-            let answer = desk.json(0, if killed { &[][..] } else { &["--check-status"] });
+            let mode = if killed { "--retry-provision=1" } else { "--check-status" };
+            let answer = desk.json(0, &[mode]);
             assert_eq!(answer["passed"], 2, "killed at request {at}");
-            assert_eq!(desk.server.state().jobs.len(), 2, "killed at request {at}, before: {before}");
+            assert_eq!(desk.server.state().jobs.len(), 3, "killed at request {at}, before: {before}");
             for machine in ["m1", "m2"] {
                 let id = desk.read(&format!("job_outputs/{machine}/tf_job_id.txt"));
                 assert_eq!(id, desk.server.job(machine).id);
                 assert_eq!(desk.read(&format!("job_outputs/{machine}/hw_status.txt")), "Certified");
             }
-            assert_eq!(desk.ledger().len(), 2, "killed at request {at}");
+            assert_eq!(desk.ledger().len(), 3, "killed at request {at}");
             desk.check();
             if !killed {
-                assert!(at > 8, "there are more requests than {at}");
+                assert!(at > 12, "there are more requests than {at}");
                 break;
             }
         }
     }
+}
+
+#[test]
+fn killed_between_the_ledger_and_the_note_of_it_no_line_is_written_twice() {
+    let desk = Desk::new(&[("m1", &[passed()])]);
+    desk.run(&[]).is(0);
+    let known = desk.read("job_outputs/m1/job.json");
+    desk.write("job_outputs/m1/job.json", &known.replace("\"recorded\": true", "\"recorded\": false"));
+    desk.run(&["--check-status"]).is(0);
+    assert_eq!(desk.read("job_outputs/m1/job.json"), known);
+    assert_eq!(desk.ledger().len(), 1);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::fault::Fault;
 use crate::process;
 use crate::testflinger::client::{Error, Found};
 use crate::testflinger::wire::job_state;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};

@@ -72,7 +72,7 @@ pub fn judge(result: &JobResult, test: bool) -> (Outcome, Option<String>) {
         .filter(|phase| *phase != Phase::Cleanup)
         .find_map(|phase| status(phase).filter(|status| *status != 0).map(|status| (phase, status)));
     if let Some((phase, status)) = failed {
-        let last = last_line(&result.phases[&phase].output);
+        let last = Some(&result.phases[&phase]).filter(|of| !of.is_cut).and_then(|of| last_line(&of.output));
         if last.as_deref() == Some(CANCELLED) {
             return (Outcome::Cancelled, Some(format!("it was cancelled during {phase}")));
         }
