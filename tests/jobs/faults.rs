@@ -126,6 +126,19 @@ fn killed_between_the_ledger_and_the_note_of_it_no_line_is_written_twice() {
 }
 
 #[test]
+fn killed_before_a_second_attempt_both_have_their_lines() {
+    let desk = Desk::new(&[("m1", &[("complete", json!({"provision_status": 1})), passed()])]);
+    desk.run(&[]).is(1);
+    let known = desk.read("job_outputs/m1/job.json");
+    let known = known.replace("\"recorded\": true", "\"recorded\": false");
+    desk.write("job_outputs/m1/job.json", &known.replace("\"retry\": false", "\"retry\": true"));
+    std::fs::remove_file(desk.path("notes/vm-run-ledger.jsonl")).expect("removes");
+    desk.run(&["--retry-provision=1"]).is(0);
+    assert_eq!(desk.ledger().iter().map(|line| line.1.as_str()).collect::<Vec<_>>(), ["error", "passed"]);
+    desk.check();
+}
+
+#[test]
 fn ctrl_c_leaves_the_jobs_running_and_says_how_to_go_on() {
     let desk = Desk::new(&[("m1", &[]), ("m2", &[])]);
     let running = desk.start(&[]);

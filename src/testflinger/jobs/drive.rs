@@ -46,7 +46,7 @@ pub fn run(options: &Options, tell: &mut dyn FnMut(News)) -> Result<Report> {
         in_trouble: false,
         problem: None,
     };
-    drive.record_all()?;
+    drive.catch_up()?;
     let result = drive.go_on(&done);
     let ended = drive.recorder.end();
     result?;
@@ -302,19 +302,28 @@ impl Drive<'_> {
         machine.step = Step::Over;
         self.changed(index);
         self.record(index)?;
-        if retry {
-            let machine = &mut self.machines[index];
+        self.again(index);
+        Ok(())
+    }
+
+    /// Begins another attempt where one was decided on.
+    fn again(&mut self, index: usize) {
+        let machine = &mut self.machines[index];
+        if machine.job.retry {
             machine.job = Job::planned(&machine.name, &self.tag, Some(machine.job.clone()));
             machine.state = None;
             machine.retry = Retry::now();
             machine.step = Step::Send;
         }
-        Ok(())
     }
 
-    /// What an earlier process saw end and did not record.
-    fn record_all(&mut self) -> Result<()> {
-        (0..self.machines.len()).try_for_each(|index| self.record(index))
+    /// What an earlier process saw end, and left at that.
+    fn catch_up(&mut self) -> Result<()> {
+        for index in 0..self.machines.len() {
+            self.record(index)?;
+            self.again(index);
+        }
+        Ok(())
     }
 
     /// A ledger that cannot be written must not cost the watch over the other jobs.

@@ -121,8 +121,6 @@ fn machine(name: &str, job: Option<Job>, tag: &str, options: &Options) -> Machin
         Some(job) if job.run == tag || (!options.send && job.run.is_empty()) => job,
         other => Job::planned(name, tag, other),
     };
-    // Its next attempt was decided on, and not begun.
-    let job = if job.retry { Job::planned(name, tag, Some(job)) } else { job };
     let step = match (&job.ended, job.stage) {
         (Some(_), _) => Step::Over,
         (None, Stage::Queued) if options.watch => Step::Watch,

@@ -37,17 +37,22 @@ impl Recorder {
         if run.joined() && has(run, &name, job, ended)? {
             return Ok(());
         }
-        let evidence = run.scenario(&name, &["hardware"])?;
+        // Aside: were we killed now, a sweep would write that the job was interrupted, which it is not.
+        let evidence = run.aside(&name)?;
         evidence.began(job.submitted_at);
-        // Times of jobs in a lab say nothing about those of scenarios here.
-        evidence.update(|metadata| metadata.accelerator = Some("testflinger".into()))?;
+        evidence.update(|metadata| {
+            metadata.markers = vec!["hardware".into()];
+            // Times of jobs in a lab say nothing about those of scenarios here.
+            metadata.accelerator = Some("testflinger".into());
+        })?;
         let exit = ended.exit.map_or("none".to_owned(), |exit| exit.to_string());
         let hw_status = ended.hw_status.as_deref().unwrap_or("none");
         evidence.events().note(format!(
             "job {} on {}, attempt {}: exit status {exit}, hardware status {hw_status}",
             job.job_id, job.machine, job.attempt
         ));
-        evidence.finish(ended.outcome.in_ledger(), reason.as_deref()).map(drop)
+        let record = evidence.finish(ended.outcome.in_ledger(), reason.as_deref())?;
+        run.ledger().map_or(Ok(()), |path| ledger::append(path, &[record]))
     }
 
     /// Says in the run directory that this process is done with it.
