@@ -26,6 +26,8 @@
       group = "root";
       argument = "ssh.authorized_keys.root";
     };
+    # Where Shakedown looks for its cleaner in any image.
+    "/usr/local/sbin/storage-cleanup"."L+".argument = "/run/current-system/sw/bin/storage-cleanup";
   };
   services.openssh = {
     enable = true;
@@ -64,16 +66,17 @@
     pkgs.gptfdisk
     pkgs.lvm2
     pkgs.util-linux
-    (pkgs.writeShellApplication {
-      name = "cleanup-storage";
-      runtimeInputs = [
-        pkgs.gptfdisk
-        pkgs.lvm2
-        pkgs.mdadm
-        pkgs.util-linux
-      ];
-      text = builtins.readFile ./cleanup-storage.sh;
-    })
+    (pkgs.writeShellScriptBin "storage-cleanup" ''
+      PATH=${
+        lib.makeBinPath [
+          pkgs.cryptsetup
+          pkgs.lvm2
+          pkgs.mdadm
+          pkgs.util-linux
+        ]
+      }:$PATH
+      ${builtins.readFile ./storage-cleanup}
+    '')
   ];
 
   isoImage = {

@@ -58,6 +58,10 @@ impl Debian {
         let mut own = Self {
             packages: packages.map(str::to_owned).collect(),
             programs: vec![("usr/local/sbin/storage-cleanup", cleaner)],
+            // They hear of every block device that comes and goes, and have nobody to tell.
+            cmdline: ["systemd-logind.service", "dbus.service", "dbus.socket"]
+                .map(|unit| format!("systemd.mask={unit}"))
+                .join(" "),
             ..Self::default()
         };
         own.packages.sort();

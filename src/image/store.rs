@@ -193,7 +193,16 @@ impl<K: Kind> Store<K> {
                 format!("{} `{name}` could not be made before in this run:\n{}", K::NAME, failure.error);
             return Err(fault(what).fix("correct the cause, then start again").into());
         }
-        let manifest = self.build(key, name, run, &lock, deadline, events, build)?;
+        let (log, failed) = (self.path(key, "log"), self.path(key, "failed"));
+        remove(&log)?;
+        remove(&failed)?;
+        events.emit(K::started(name, &log));
+        let manifest = self.build(key, name, &lock, deadline, |dir| build(dir, &log));
+        if let Err(error) = &manifest {
+            self.remember_failure(key, run, error);
+            let _ = self.temporary(key, &lock);
+        }
+        let manifest = manifest?;
         match self.find(key, true)? {
             Found::Entry(entry) => Ok(ready(*entry, false)),
             Found::Missing => bail!(Fault::host(format!("{} {} has vanished", K::NAME, manifest.key))),
@@ -203,62 +212,55 @@ impl<K: Kind> Store<K> {
         }
     }
 
-    #[allow(clippy::too_many_arguments, reason = "the second half of `get`")]
+    /// Builds in a place of its own, then makes it an entry.
     fn build(
         &self,
         key: &str,
         name: &str,
-        run: Option<&str>,
         lock: &BuildLock,
         deadline: &Deadline,
-        events: &Events,
-        build: impl FnOnce(&Path, &Path) -> Result<K>,
+        build: impl FnOnce(&Path) -> Result<K>,
     ) -> Result<Manifest<K>> {
-        let (log, failed) = (self.path(key, "log"), self.path(key, "failed"));
-        remove(&log)?;
-        remove(&failed)?;
         let dir = self.temporary(key, lock)?;
         DirBuilder::new()
             .mode(0o700)
             .create(&dir)
             .with_context(|| Fault::host(format!("cannot make {}", dir.display())))?;
-        events.emit(K::started(name, &log));
         let started = Instant::now();
-        let result = build(&dir, &log).and_then(|facts| {
-            let manifest = Manifest {
-                schema_version: SCHEMA,
-                name: name.into(),
-                key: key.into(),
-                built_at: Timestamp::now(),
-                seconds: started.elapsed().as_secs_f64(),
-                shakedown_version: env!("CARGO_PKG_VERSION").into(),
-                files: records(&dir, K::DIGESTS, deadline)?,
-                facts,
-            };
-            self.publish(&dir, &manifest, &log)?;
-            Ok(manifest)
-        });
-        if let Err(error) = &result {
-            // What was cut short by Ctrl-C says nothing about the next attempt.
-            let stopped = error.chain().any(|e| e.downcast_ref() == Some(&Stop::Interrupted));
-            if !stopped && !process::interrupted() {
-                let machine = blame(error) == Some(Blame::Machine);
-                let failure = Failure { run: run.map(str::to_owned), error: format!("{error:#}"), machine };
-                let _ = write_json(&failed, &failure);
-            }
-            let _ = self.temporary(key, lock);
+        let facts = build(&dir)?;
+        let manifest = Manifest {
+            schema_version: SCHEMA,
+            name: name.into(),
+            key: key.into(),
+            built_at: Timestamp::now(),
+            seconds: started.elapsed().as_secs_f64(),
+            shakedown_version: env!("CARGO_PKG_VERSION").into(),
+            files: records(&dir, K::DIGESTS, deadline)?,
+            facts,
+        };
+        self.publish(&dir, &manifest)?;
+        Ok(manifest)
+    }
+
+    /// For others of the run. What was cut short by Ctrl-C says nothing about the next attempt.
+    fn remember_failure(&self, key: &str, run: Option<&str>, error: &anyhow::Error) {
+        let stopped = error.chain().any(|e| e.downcast_ref() == Some(&Stop::Interrupted));
+        if !stopped && !process::interrupted() {
+            let machine = blame(error) == Some(Blame::Machine);
+            let failure = Failure { run: run.map(str::to_owned), error: format!("{error:#}"), machine };
+            let _ = write_json(&self.path(key, "failed"), &failure);
         }
-        result
     }
 
     /// Makes the finished directory an entry, in one step that either happened or did not.
-    fn publish(&self, dir: &Path, manifest: &Manifest<K>, log: &Path) -> Result<()> {
+    fn publish(&self, dir: &Path, manifest: &Manifest<K>) -> Result<()> {
+        let log = self.path(&manifest.key, "log");
         write_json(&dir.join(MANIFEST), manifest)?;
         let target = self.dir.join(&manifest.key);
         let publish = || -> io::Result<()> {
             File::create(dir.join(IN_USE))?;
             if log.exists() {
-                fs::rename(log, dir.join(LOG))?;
+                fs::rename(&log, dir.join(LOG))?;
             }
             // After a power cut an entry is whole or absent.
             for file in fs::read_dir(dir)? {

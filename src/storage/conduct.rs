@@ -95,12 +95,16 @@ pub fn verify(
     disks: &[String],
     cleaned: &Evidence,
 ) -> Result<(Vec<Verdict>, Evidence)> {
-    let mut gone = plan::run(session, &verify::gone(layout, disks))?;
+    let looks = verify::gone(layout, disks);
+    let at = looks.len();
+    // In one shell: each costs an emulated machine some tenths of a second.
+    let mut gone = plan::run(session, &[looks, verify::resurrect(layout, disks)].concat())?;
+    let again = Evidence { steps: gone.steps.split_off(at) };
     let found: Vec<_> = gone.residue().into_iter().chain(gone.failure()).chain(cleaned.failure()).collect();
     let is_gone = Verdict::of(Level::Gone, found);
-    let again = plan::run(session, &verify::resurrect(layout, disks))?;
     let level = Level::NotResurrectable;
-    let stays_away = match (again.residue(), again.failure()) {
+    // What failed among the looks kept the rest from being tried.
+    let stays_away = match (again.residue(), again.failure().or_else(|| gone.failure())) {
         (found, _) if !found.is_empty() => Verdict::of(level, [again.made(), found].concat()),
         (_, None) => Verdict::of(level, Vec::new()),
         // Where something is left, it may be in the way.

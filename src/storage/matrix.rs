@@ -16,6 +16,7 @@ use crate::vm::template::Checkpoint;
 use crate::vm::{Bus, DiskNeed, Needs, Vm};
 use anyhow::{Context, Result};
 use serde::Serialize;
+use std::collections::VecDeque;
 use std::sync::{Condvar, Mutex, PoisonError};
 
 const fn disk(bytes: u64) -> DiskNeed {
@@ -30,7 +31,9 @@ const DISKS: [DiskNeed; 13] =
 const FOR_LAYOUTS: usize = DISKS.len() - 1;
 
 /// The machine of all of this: with the image [`STORAGE`], and one shape, so that all share a template.
-pub const MACHINE: Needs = Needs { image: Some(STORAGE), memory_mib: 512, disks: &DISKS, ..Needs::DEFAULT };
+/// Several run at once, and two emulated CPUs would wait for each other.
+pub const MACHINE: Needs =
+    Needs { image: Some(STORAGE), memory_mib: 512, cpus: 1, disks: &DISKS, ..Needs::DEFAULT };
 
 /// One cell of the matrix.
 #[derive(Clone, Debug, Serialize)]
@@ -160,7 +163,8 @@ enum Job {
 }
 
 struct Queue {
-    jobs: Vec<Job>,
+    /// Seeds come first: what they bring is shorter, and ends the run evenly.
+    jobs: VecDeque<Job>,
     /// Jobs that may bring more.
     busy: usize,
     cases: Vec<Case>,
@@ -188,7 +192,7 @@ pub fn run_all(
             if state.error.is_some() || (state.jobs.is_empty() && state.busy == 0) {
                 return;
             }
-            let Some(job) = state.jobs.pop() else {
+            let Some(job) = state.jobs.pop_front() else {
                 state = news.wait(state).unwrap_or_else(PoisonError::into_inner);
                 continue;
             };

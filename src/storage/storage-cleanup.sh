@@ -25,42 +25,81 @@ try() {
     "$@" || { echo "storage-cleanup: $* failed" >&2 && failed=1; }
 }
 
-# A node after all that stands on it. Its arguments are its own in a subshell.
+# Written with what the shell has in it where that is possible: starting programs takes the time here.
+
+is_mounted() {
+    # Btrfs is mounted by a number of its own, and by the name of one of its devices.
+    while read -r _ _ number _ rest; do
+        case "$number $rest " in "$1 "* | *" - "*" $2 "* | *" - "*" $3 "*) return 0 ;; esac
+    done </proc/self/mountinfo
+    return 1
+}
+
+is_swap() {
+    while read -r node _; do
+        case $node in "$1" | "$2") return 0 ;; esac
+    done </proc/swaps
+    return 1
+}
+
+# A node after all that stands on it.
+seen=" "
 tear() {
-    for holder in /sys/class/block/"$1"/holders/*; do
-        [ ! -e "$holder" ] || (tear "${holder##*/}") || failed=1
-    done
-    for part in /sys/class/block/"$1"/"$1"*; do
-        [ ! -e "$part/partition" ] || (tear "${part##*/}") || failed=1
+    case $seen in *" $1 "*) return ;; esac
+    seen="$seen$1 "
+    for above in /sys/class/block/"$1"/holders/* /sys/class/block/"$1"/"$1"*/partition; do
+        [ -e "$above" ] || continue
+        above=${above%/partition}
+        tear "${above##*/}"
     done
     [ ! -e "/sys/class/block/$1" ] || act "$1"
-    return "$failed"
+}
+
+# The group of a physical volume, by its numbers, and the group's id; none when it is gone already.
+asked='' gone=" "
+find_group() {
+    [ -n "$asked" ] || physical=$(pvs --noheadings --separator '|' -o pv_major,pv_minor,vg_name,vg_uuid 2>/dev/null)
+    asked=yes group='' id=''
+    for line in $physical; do
+        case $line in "$1|$2|"*) line=${line#*|*|} group=${line%|*} id=${line#*|} ;; esac
+    done
+    case $gone in *" $group "*) group='' ;; esac
+}
+
+# The group's volumes on other disks may have holders, too. The kernel has the group's id without dashes.
+tear_volumes() {
+    prefix=LVM- rest=$1-
+    while [ -n "$rest" ]; do
+        prefix=$prefix${rest%%-*} rest=${rest#*-}
+    done
+    for volume in /sys/class/block/dm-*; do
+        [ -e "$volume/dm/uuid" ] && read -r uuid <"$volume/dm/uuid" || continue
+        case $uuid in "$prefix"*) tear "${volume##*/}" ;; esac
+    done
+    exit "$failed"
 }
 
 act() {
-    # By what the shell has in it where it can: starting programs is what takes time here.
-    dev=/dev/$1 sys=/sys/class/block/$1 mapped=$dev uuid=
-    read -r number <"$sys/dev"
+    dev=/dev/$1 sys=/sys/class/block/$1 mapped=/dev/$1 uuid=''
+    read -r numbers <"$sys/dev"
     if [ -e "$sys/dm/uuid" ]; then
         read -r mapped <"$sys/dm/name" && mapped=/dev/mapper/$mapped
         read -r uuid <"$sys/dm/uuid"
     fi
     case $uuid in
         # What is below a volume is LVM's own, and goes with the group.
-        LVM-*) set -- "$sys"/holders/* && [ -e "$1" ] && return 0 ;;
+        LVM-*) set -- "$sys"/holders/* && [ -e "$1" ] && return ;;
     esac
-    # Btrfs is mounted by a number of its own.
-    if grep -q -e " $number " -e "^$dev " /proc/self/mountinfo /proc/self/mounts; then try do_unmount "$dev"; fi
-    if grep -q -e "^$dev " -e "^$mapped " /proc/swaps; then try do_swapoff "$dev"; fi
+    if is_mounted "$numbers" "$dev" "$mapped"; then try do_unmount "$dev"; fi
+    if is_swap "$dev" "$mapped"; then try do_swapoff "$dev"; fi
     case $(blkid -p -o value -s TYPE "$dev" 2>/dev/null) in
         LVM2_member)
-            group=$(pvs --noheadings -o vg_name "$dev" 2>/dev/null | tr -d ' ')
+            find_group "${numbers%:*}" "${numbers#*:}"
             if [ -n "$group" ]; then
-                # Its volumes on other disks may have holders, too.
-                for volume in $(lvs --noheadings -o lv_dm_path "$group" 2>/dev/null); do
-                    [ ! -e "$volume" ] || { volume=$(readlink -f "$volume") && (tear "${volume##*/}") || failed=1; }
-                done
+                # In a shell of its own, which has variables of its own.
+                (tear_volumes "$id") || failed=1
                 try do_remove_vg "$group"
+                gone="$gone$group "
             fi
             try do_remove_pv "$dev"
             ;;
@@ -79,13 +118,16 @@ act() {
     fi
 }
 
+disks=''
 for disk; do
-    disk=$(readlink -f "$disk")
+    [ ! -L "$disk" ] || disk=$(readlink -f "$disk")
     [ -b "$disk" ] || { echo "storage-cleanup: $disk is no disk" >&2 && exit 2; }
+    disks="$disks $disk"
+done
+for disk in $disks; do
     tear "${disk##*/}"
 done
-for disk; do
-    disk=$(readlink -f "$disk")
+for disk in $disks; do
     try do_forget "$disk"
     case $action in
         discard) try do_discard "$disk" ;;

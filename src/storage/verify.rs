@@ -40,74 +40,66 @@ impl std::fmt::Display for Level {
 pub(super) fn gone(layout: &Layout, disks: &[String]) -> Vec<Step> {
     let all = disks.join(" ");
     let short: Vec<_> = disks.iter().map(|disk| disk.trim_start_matches("/dev/")).collect();
+    let each = |before: &str, names: &[&str], after: &str| {
+        names.iter().map(|name| format!(" -e '{before}{name}{after}'")).collect::<String>()
+    };
     let mut steps = vec![
         Step::must("let udev finish", SETTLE),
         Step::look(
-            "what stands on the disks",
-            format!("lsblk -nro NAME,TYPE,MOUNTPOINTS {all} | grep -v ' disk *$' | grep -v ' loop *$'"),
+            "what stands on the disks, and what udev remembers",
+            // It may still be about to look at what was just written.
+            format!(
+                "for try in 1 2 3 4 5 6 7 8 9 10; do\n\
+                 seen=$(lsblk -nro NAME,TYPE,FSTYPE,PTTYPE,MOUNTPOINTS {all} | grep -vE ' (disk|loop) *$') && sleep 0.2 || break\n\
+                 {SETTLE}; done; [ -z \"$seen\" ] || echo \"$seen\""
+            ),
         ),
         Step::look("signatures that blkid finds", format!("blkid -p {all}")),
         Step::look("signatures that wipefs finds", format!("wipefs -n --noheadings {all}")),
         Step::look(
-            "what udev remembers",
-            // It may still be about to look at what was just written.
+            "mounts, swap and arrays that run",
             format!(
-                "for try in 1 2 3 4 5 6 7 8 9 10; do\n\
-                 seen=$(for dev in {all}; do ! command -v udevadm >/dev/null || udevadm info --query=property --name=$dev; done |\n\
-                 grep -E '^ID_(FS|PART_TABLE)_TYPE=') && sleep 0.2 || break\n\
-                 {SETTLE}; done; [ -z \"$seen\" ] || echo $seen"
-            ),
-        ),
-        Step::look(
-            "mounts and swap",
-            format!(
-                "grep -h -e ' /run/residue/{}-[0-9]* ' /proc/self/mounts; {}",
-                layout.name,
-                grep_swap(&short)
+                "grep -shwE{}{} /proc/self/mounts /proc/swaps /proc/mdstat",
+                each("/run/residue/", &[layout.name], "-[0-9]+"),
+                each("", &short, "p?[0-9]*"),
             ),
         ),
     ];
-    let mut names = Vec::new();
+    let (mut names, mut groups) = (Vec::new(), Vec::new());
     for layer in layout.layers {
         match layer {
             Layer::Md(array) => {
-                let md = format!("md{}", array.number);
                 // A node alone is no array: opening it makes an empty one.
-                let state = format!("cat /sys/class/block/{md}/md/array_state 2>/dev/null | grep -vx clear");
-                steps.push(Step::look(format!("the array /dev/{md}"), state));
+                let file = format!("/sys/class/block/md{}/md/array_state", array.number);
+                steps.push(Step::look(
+                    format!("the array /dev/md{}", array.number),
+                    format!("[ ! -e {file} ] || {{ read -r state <{file}; [ $state = clear ] || echo $state; }}"),
+                ));
             }
             Layer::Vg { name, .. } => {
                 names.push(format!("/dev/{name}"));
-                steps.push(Step::look(
-                    format!("the volume group {name}"),
-                    format!("vgs --noheadings -o vg_name 2>/dev/null | grep -w {name}"),
-                ));
+                groups.push(*name);
             }
             Layer::Luks { name, .. } => names.push(format!("/dev/mapper/{name}")),
             Layer::Bcache { .. } => names.push("/dev/bcache0".into()),
             _ => {}
         }
     }
-    if layout.programs().contains("lvm") {
+    if !groups.is_empty() {
+        let patterns = each("", &groups, "") + &each("/dev/", &short, "p?[0-9]*");
         steps.push(Step::look(
-            "physical volumes",
-            format!("pvs --noheadings --devices {} 2>/dev/null", disks.join(",")),
+            "physical volumes and volume groups",
+            format!("pvs --noheadings -o pv_name,vg_name 2>/dev/null | grep -wE{patterns}"),
         ));
     }
     if layout.programs().contains("mdadm") {
-        let members = short.iter().map(|disk| format!("-e {disk}")).collect::<Vec<_>>().join(" ");
-        steps.push(Step::look("arrays that run", format!("grep -w {members} /proc/mdstat")));
         steps.push(Step::look("md superblocks", format!("mdadm --examine --brief {all} 2>/dev/null")));
     }
     if !names.is_empty() {
-        steps.push(Step::look("its device nodes", format!("ls -d {} 2>/dev/null", names.join(" "))));
+        let look = format!("for node in {}; do [ ! -e $node ] || echo $node; done", names.join(" "));
+        steps.push(Step::look("its device nodes", look));
     }
     steps
-}
-
-fn grep_swap(short: &[&str]) -> String {
-    let disks = short.iter().map(|disk| format!("-e ^/dev/{disk}")).collect::<Vec<_>>().join(" ");
-    format!("grep {disks} /proc/swaps")
 }
 
 /// The looks of [`Level::NotResurrectable`], on copies that are put away afterwards.
@@ -194,20 +186,26 @@ fn sentinel(layer: &Layer, dev: &str) -> String {
 /// Loop devices, because they can have partitions: over a snapshot, whose changes go to memory, or
 /// over a whole copy where the disk is so small that this is faster.
 fn copies(layout: &Layout, disks: &[String]) -> String {
-    let mut text = String::from("modprobe -q loop; mkdir -p /run/residue &&\n");
+    let tables = layout.layers.iter().any(|layer| matches!(layer, Layer::Table { .. }));
+    let attach = if tables { "losetup --find --show --partscan" } else { "losetup --find --show" };
+    let mut text = format!(
+        "[ -e /sys/module/loop ] || modprobe -q loop\n\
+         [ -d /run/residue ] || mkdir -p /run/residue\n\
+         set -- $(blockdev --getsz {})\n",
+        disks.join(" ")
+    );
     for (number, disk) in disks.iter().enumerate() {
         let (file, mapped) = (copy_file(layout, number), copy_mapped(layout, number));
         text += &format!(
-            "size=$(blockdev --getsz {disk}) &&\n\
-             if [ $size -le {LARGEST_COPY} ]; then\n\
-             cp --sparse=always {disk} {file} &&\n\
-             copy{number}=$(losetup --find --show --partscan {file})\n\
+            "if [ $1 -le {LARGEST_COPY} ]; then\n\
+             dd if={disk} of={file} bs=1M iflag=direct conv=sparse status=none &&\n\
+             copy{number}=$({attach} {file})\n\
              else\n\
-             truncate -s $((size * 512)) {file} &&\n\
+             truncate -s $(($1 * 512)) {file} &&\n\
              changes{number}=$(losetup --find --show {file}) &&\n\
-             modprobe -q dm-snapshot; dmsetup create {mapped} --table \"0 $size snapshot {disk} $changes{number} N 8\" &&\n\
-             copy{number}=$(losetup --find --show --partscan /dev/mapper/{mapped})\n\
-             fi &&\n"
+             modprobe -q dm-snapshot; dmsetup create {mapped} --table \"0 $1 snapshot {disk} $changes{number} N 8\" &&\n\
+             copy{number}=$({attach} /dev/mapper/{mapped})\n\
+             fi && shift &&\n"
         );
     }
     text + SETTLE
@@ -225,18 +223,16 @@ fn copy_mapped(layout: &Layout, number: usize) -> String {
 }
 
 fn put_away(layout: &Layout, disks: usize, undo: &[String]) -> String {
-    let mut text = format!(
-        "{SETTLE}\n! grep -q ' /run/residue/again ' /proc/self/mounts || umount /run/residue/again\n"
-    );
+    let mut text = format!("{SETTLE}\n");
     text.extend(undo.iter().rev().map(String::as_str));
+    let all = |name: &str| (0..disks).map(|disk| format!(" ${{{name}{disk}-}}")).collect::<String>();
+    let detach = |name: &str| format!("set --{}; [ $# = 0 ] || losetup -d \"$@\"\n", all(name));
+    text += &detach("copy");
     for number in 0..disks {
-        let (file, mapped) = (copy_file(layout, number), copy_mapped(layout, number));
-        text += &format!(
-            "[ -z \"${{copy{number}-}}\" ] || losetup -d $copy{number}\n\
-             [ ! -e /dev/mapper/{mapped} ] || {{ {SETTLE}; dmsetup remove --retry {mapped}; }}\n\
-             [ -z \"${{changes{number}-}}\" ] || losetup -d $changes{number}\n\
-             rm -f {file}\n"
-        );
+        let mapped = copy_mapped(layout, number);
+        text += &format!("[ ! -e /dev/mapper/{mapped} ] || {{ {SETTLE}; dmsetup remove --retry {mapped}; }}\n");
     }
-    text + SETTLE
+    text += &detach("changes");
+    let files: Vec<_> = (0..disks).map(|disk| copy_file(layout, disk)).collect();
+    text + &format!("rm -f {}\n", files.join(" ")) + SETTLE
 }

@@ -362,6 +362,9 @@ fn migrate_to(qmp: &mut Qmp, state: &Path, deadline: &Deadline) -> Result<()> {
     let migrate =
         qmp::migrate { channels: None, detach: None, resume: None, uri: Some(format!("exec:cat >{to}")) };
     let cannot = || Fault::host(format!("cannot save the machine's state to {}", state.display()));
+    // QEMU spares networks: without this it writes 128 MiB a second.
+    let unlimited = qmp::MigrateSetParameters { max_bandwidth: Some(1 << 40), ..Default::default() };
+    qmp.execute(&qmp::migrate_set_parameters(unlimited), deadline).with_context(cannot)?;
     qmp.execute(&migrate, deadline).with_context(cannot)?;
     loop {
         let info = qmp.execute(&qmp::query_migrate {}, deadline).with_context(cannot)?;

@@ -97,8 +97,10 @@ fn the_server_dies_and_comes_back_in_every_phase() {
     for phase in ["setup", "provision", "firmware_update", "test", "allocate", "reserve"] {
         let job = lab.submit(whole_job());
         lab.server.until(phase, |state| state.results[&job].states.iter().any(|s| s == phase).then_some(()));
+        let complaints = || lab.log().matches("no answer from").count();
+        let before = complaints();
         lab.server.down();
-        std::thread::sleep(Duration::from_millis(300));
+        until("the agent has noticed", || complaints() > before);
         lab.server.up();
         is_whole(&lab.server.finished(&job), phase);
     }

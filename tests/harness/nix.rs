@@ -166,7 +166,7 @@ fn the_nixos_flake_evaluates_with_a_stand_in_for_nixpkgs() {
     {
         assert_eq!(enabled["enable"], true, "{machine}");
     }
-    assert!(machine["environment"].to_string().contains("-cleanup-storage\""), "{machine}");
+    assert!(machine["environment"].to_string().contains("-storage-cleanup\""), "{machine}");
 }
 
 /// What other versions of nix say, by a program in its place.

@@ -47,7 +47,7 @@ fn caught(cases: &[Case]) -> Result<()> {
     Ok(())
 }
 
-#[scenario(markers = [vm], image = "storage", memory = "512M", timeout = "15m",
+#[scenario(markers = [vm], image = "storage", memory = "512M", cpus = 1, timeout = "15m",
     disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "80M"])]
 fn our_cleaner_leaves_nothing(vm: &mut Vm) -> Result<()> {
     let layouts = named(&[CANONICAL, "partitions"])?;
@@ -55,7 +55,7 @@ fn our_cleaner_leaves_nothing(vm: &mut Vm) -> Result<()> {
     all_pass(&cases, layouts.len() * 9)
 }
 
-#[scenario(markers = [vm], image = "storage", memory = "512M", timeout = "15m",
+#[scenario(markers = [vm], image = "storage", memory = "512M", cpus = 1, timeout = "15m",
     disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "80M"])]
 fn an_array_stopped_too_early_is_seen(vm: &mut Vm) -> Result<()> {
     let layouts = named(&[CANONICAL, "lvm-linear"])?;
@@ -80,7 +80,7 @@ static IMPOSSIBLE: Layout = Layout {
     ],
 };
 
-#[scenario(markers = [vm], image = "storage", memory = "512M", timeout = "10m",
+#[scenario(markers = [vm], image = "storage", memory = "512M", cpus = 1, timeout = "10m",
     disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "80M"])]
 fn a_seed_is_repeated_over_anything_and_a_broken_one_is_our_error(vm: &mut Vm) -> Result<()> {
     let disks = Placed::alone(layout_named(CANONICAL)?).disks();
@@ -103,7 +103,7 @@ fn a_seed_is_repeated_over_anything_and_a_broken_one_is_our_error(vm: &mut Vm) -
     Ok(())
 }
 
-#[scenario(markers = [vm, slow, nightly], image = "storage", memory = "512M", timeout = "60m",
+#[scenario(markers = [vm, slow, nightly], image = "storage", memory = "512M", cpus = 1, timeout = "60m",
     disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "80M"])]
 fn our_cleaner_leaves_nothing_of_any_layout(vm: &mut Vm) -> Result<()> {
     let layouts: Vec<_> = LAYOUTS.iter().collect();
@@ -111,7 +111,7 @@ fn our_cleaner_leaves_nothing_of_any_layout(vm: &mut Vm) -> Result<()> {
     all_pass(&cases, layouts.len() * 9)
 }
 
-#[scenario(markers = [vm, slow, nightly], image = "storage", memory = "512M", timeout = "60m",
+#[scenario(markers = [vm, slow, nightly], image = "storage", memory = "512M", cpus = 1, timeout = "60m",
     disks = ["64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "64M", "80M"])]
 fn the_faulty_cleaner_is_caught_where_it_is_faulty(vm: &mut Vm) -> Result<()> {
     let layouts: Vec<_> = LAYOUTS.iter().collect();

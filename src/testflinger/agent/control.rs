@@ -79,9 +79,18 @@ impl Control {
 
     /// Sleeps, unless a wish comes or is there.
     pub(super) fn sleep(&self, duration: Duration) {
+        self.sleep_unless(duration, |wishes| wishes.drain || wishes.restart);
+    }
+
+    /// Sleeps, unless all is to end now.
+    pub(super) fn sleep_unless_urgent(&self, duration: Duration) {
+        self.sleep_unless(duration, |wishes| wishes.now);
+    }
+
+    fn sleep_unless(&self, duration: Duration, wish: impl Fn(&Wishes) -> bool) {
         let begun = Instant::now();
         let mut wishes = self.lock();
-        while !(wishes.drain || wishes.restart) {
+        while !wish(&wishes) {
             let left = duration.saturating_sub(begun.elapsed());
             if left.is_zero() {
                 return;
@@ -102,6 +111,7 @@ mod tests {
         assert!(control.restarts() && !control.drains());
         control.wish(false);
         assert!(control.drains() && !control.ends_now());
+        control.sleep_unless_urgent(Duration::from_millis(1));
         control.sleep(Duration::from_secs(3600));
     }
 }

@@ -188,7 +188,7 @@ impl Agent {
                 Err(error)
                     if error.is_outage() && pause < Duration::from_secs(6) && !self.control.ends_now() =>
                 {
-                    std::thread::sleep(pause);
+                    self.control.sleep_unless_urgent(pause);
                     pause *= 2;
                 }
                 other => return other,

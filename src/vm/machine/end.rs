@@ -14,6 +14,9 @@ use std::process::Command;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+/// How long QEMU may take to write its disks and end.
+const POWER_OFF: Duration = Duration::from_secs(30);
+
 /// An end that nobody asked for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Death {
@@ -49,7 +52,7 @@ impl Vm {
     /// # Errors
     /// A host [`Fault`] when QEMU does not end; it is killed then.
     pub fn cut_power(&mut self) -> Result<()> {
-        let deadline = self.deadline.within(LAST_MOMENTS * 30, "QEMU's end");
+        let deadline = self.deadline.within(POWER_OFF, "QEMU's end");
         self.powered_off = true;
         let asked = self.qmp.execute(&qmp::quit {}, &deadline).context(Fault::host("QEMU does not quit"));
         let ended = asked.and_then(|_| self.qemu.wait(&deadline).context(Fault::host("QEMU does not end")));
