@@ -10,6 +10,7 @@ mod demo;
 mod doctor;
 mod fleet;
 mod image;
+mod jobs;
 mod ledger;
 mod plan;
 mod progress;
@@ -27,6 +28,7 @@ use clap::{Parser, Subcommand};
 use shakedown::deadline::Stop;
 use shakedown::harness::WrongSettings;
 use shakedown::record::environment;
+use shakedown::testflinger::jobs::WrongInput;
 use shakedown::{host, process};
 use std::io;
 use std::process::ExitCode;
@@ -50,6 +52,7 @@ enum Command {
     Ledger(ledger::Ledger),
     Agent(agent::Agent),
     Fleet(fleet::Fleet),
+    Jobs(jobs::Jobs),
     Bench(bench::Bench),
 }
 
@@ -83,6 +86,7 @@ Examples:
   shakedown template prune      Removes frozen machines that were not used for long
   shakedown ledger check        Whether every line of the ledger is valid
   shakedown fleet run --queue Q  The scenarios of this project, on many hosts
+  shakedown jobs                A Testflinger job on each machine of a list
   shakedown bench boot --json   How fast machines boot here";
 
 const EXIT_STATUS: &str = "\
@@ -127,6 +131,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Plan(plan) => plan.run(),
         Command::Ledger(ledger) => ledger.run(),
         Command::Fleet(fleet) => fleet.run(),
+        Command::Jobs(jobs) => jobs.run(),
         Command::Bench(bench) => bench.run(),
         Command::Agent(agent) => Ok(Verdict::Status(agent.run())),
     });
@@ -162,7 +167,10 @@ fn status_of(error: &anyhow::Error, otherwise: u8) -> u8 {
         INTERRUPTED
     } else if error.chain().any(broken_pipe) {
         BROKEN_PIPE
-    } else if error.is::<WrongSettings>() || error.chain().any(|e| e.is::<host::setting::Invalid>()) {
+    } else if error.is::<WrongSettings>()
+        || error.is::<WrongInput>()
+        || error.chain().any(|e| e.is::<host::setting::Invalid>())
+    {
         2
     } else {
         otherwise

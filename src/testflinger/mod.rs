@@ -1,10 +1,12 @@
 //! Testflinger: the queue service that hands jobs to machines in a lab.
 //!
 //! [`wire`] is the vocabulary of its server, [`client`] speaks HTTP with it, [`agent`] takes jobs from
-//! queues and runs them, [`fleet`] spreads the scenarios of a project over agents. The protocol is that of server 1.5.0; the vocabulary knows nothing of
+//! queues and runs them, [`jobs`] submits jobs and tells how they ended, [`fleet`] spreads the scenarios
+//! of a project over agents. The protocol is that of server 1.5.0; the vocabulary knows nothing of
 //! HTTP, the client nothing of agents.
 
 pub mod agent;
 pub mod client;
 pub mod fleet;
+pub mod jobs;
 pub mod wire;

@@ -2,5 +2,8 @@
 
 mod http;
 mod server;
+mod support;
 
 mod client;
+mod faults;
+mod runs;

@@ -5,7 +5,7 @@
 use crate::http::{Answer, Fault, Http, Request};
 use base64::Engine;
 use serde_json::{Map, Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -59,6 +59,9 @@ pub(crate) struct State {
     /// As in a database: what is inserted twice is there twice.
     pub(crate) jobs: Vec<Job>,
     pub(crate) queues: BTreeMap<String, Vec<Value>>,
+    /// What becomes of the jobs of a queue, one after the other: state and result. It has become of them
+    /// when somebody looks for jobs.
+    pub(crate) fates: BTreeMap<String, VecDeque<(String, Value)>>,
     /// What came, with the status of the answer.
     pub(crate) seen: Vec<(Request, u16)>,
     /// What no correct client does.
@@ -124,6 +127,11 @@ impl Server {
         self.state().hook = Some(Arc::new(hook));
     }
 
+    /// Acts on a request of which the answer will be lost.
+    pub(crate) fn act_now(&self, request: &Request) {
+        self.state().act(request);
+    }
+
     pub(crate) fn behave(&self) {
         self.state().hook = None;
     }
@@ -139,6 +147,14 @@ impl Server {
 
     pub(crate) fn revoke_refresh_tokens(&self) {
         self.state().refresh_tokens.clear();
+    }
+
+    /// A queue with an agent, and what becomes of its jobs.
+    pub(crate) fn queue(&self, queue: &str, fates: &[(&str, Value)]) {
+        let mut state = self.state();
+        state.queues.insert(queue.into(), vec![json!({"name": "a", "state": "waiting"})]);
+        let fates = fates.iter().map(|(state, result)| ((*state).to_owned(), result.clone()));
+        state.fates.insert(queue.into(), fates.collect());
     }
 
     /// The job of a queue that was submitted last.
@@ -175,23 +191,18 @@ fn answer(shared: &(Mutex<State>, Condvar), request: &Request) -> (Option<Answer
 }
 
 impl State {
-    /// The jobs of a queue, oldest first.
-    pub(crate) fn jobs_of(&self, queue: &str) -> Vec<&Job> {
-        self.jobs.iter().filter(|job| job.queue() == queue).collect()
-    }
-
-    /// What an agent would do: a job of this queue that nobody took ends with these.
-    pub(crate) fn finish(&mut self, queue: &str, state: &str, result: &Value) -> bool {
-        let is_ready = |job: &&mut Job| {
-            job.queue() == queue
-                && !job.waits_for_attachments
-                && job.state != "complete"
-                && job.state != "cancelled"
-        };
-        let Some(job) = self.jobs.iter_mut().find(is_ready) else { return false };
-        job.state = state.into();
-        job.result = result.as_object().expect("an object").clone();
-        true
+    /// What agents do.
+    fn work(&mut self) {
+        for job in &mut self.jobs {
+            if !job.waits_for_attachments
+                && job.state == "waiting"
+                && let Some(fates) = self.fates.get_mut(job.queue())
+                && let Some((state, result)) = fates.pop_front()
+            {
+                job.state = state;
+                job.result = result.as_object().expect("an object").clone();
+            }
+        }
     }
 
     fn act(&mut self, request: &Request) -> Answer {
@@ -206,7 +217,10 @@ impl State {
         }
         let answer = match (request.method.as_str(), &parts[..]) {
             ("POST", ["job"]) => self.submit(request),
-            ("GET", ["job", "search"]) => self.search(&request.query),
+            ("GET", ["job", "search"]) => {
+                self.work();
+                self.search(&request.query)
+            }
             ("GET", ["job", id]) => Some(self.find(id).map_or(Answer::text(204, ""), |job| {
                 let mut data = job.data.clone();
                 data["job_id"] = job.id.clone().into();

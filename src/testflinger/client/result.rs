@@ -143,6 +143,7 @@ fn inner(error: io::Error) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use serde_json::json;
 
     struct Never;
@@ -197,6 +198,26 @@ mod tests {
         let result = read(text.as_bytes(), 5).expect("reads");
         let test = &result.phases[&Phase::Test];
         assert_eq!((test.output.as_str(), test.status, test.is_cut), ("\u{e9}\u{e9}", Some(1), true));
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_log_holds_its_start_is_kept(
+            text in "[a\\\\\"\n\u{1b}\u{e9}\u{1f600}]{0,40}", largest in 0_u64..60, status in any::<i32>(),
+        ) {
+            let json = json!({"test_output": text, "test_status": status}).to_string();
+            let result = read(json.as_bytes(), largest).expect("reads");
+            let test = &result.phases[&Phase::Test];
+            prop_assert!(text.starts_with(&test.output) && test.output.len() as u64 <= largest);
+            prop_assert!(text.len() - test.output.len() < 4 || test.is_cut);
+            prop_assert_eq!((test.is_cut, test.status), (text.len() as u64 > largest, Some(i64::from(status))));
+        }
+
+        #[test]
+        fn nothing_makes_it_panic(json in "[{}\\[\\]\":,a-f_\\\\ 0-9]{0,60}") {
+            let _ = read(json.as_bytes(), 10);
+            let _ = state(json.as_bytes());
+        }
     }
 
     #[test]

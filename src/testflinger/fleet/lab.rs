@@ -296,16 +296,6 @@ fn trouble(error: Error) -> Trouble {
     if passes { Trouble::Away(format!("{error:#}")) } else { Trouble::Fatal(error) }
 }
 
-/// A random UUID (version 4).
-fn uuid() -> Result<String, Trouble> {
-    let mut bytes = [0; 16];
-    openssl::rand::rand_bytes(&mut bytes).map_err(|error| Trouble::Fatal(error.into()))?;
-    bytes[6] = bytes[6] & 0x0f | 0x40;
-    bytes[8] = bytes[8] & 0x3f | 0x80;
-    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]))
-}
-
 impl Lab for ServerLab<'_> {
     type Finding = Finding;
 
@@ -336,7 +326,7 @@ impl Lab for ServerLab<'_> {
         let mut prepare = || -> Result<(), Trouble> {
             for order in orders {
                 if let std::collections::hash_map::Entry::Vacant(place) = self.jobs.entry(order.shard) {
-                    place.insert(Job { id: uuid()?, ..Job::default() });
+                    place.insert(Job { id: uuid::Uuid::new_v4().to_string(), ..Job::default() });
                 }
             }
             self.save(None).map_err(Trouble::Fatal)
