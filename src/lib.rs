@@ -29,7 +29,7 @@
 //! | module | owns |
 //! | --- | --- |
 //! | `cli` (of the command, not of the library) | one thin file per subcommand of `shakedown` |
-//! | `testflinger` (a feature) | Testflinger: its wire protocol, the client, the agent, and machines as devices of queues |
+//! | `testflinger` (a feature) | Testflinger: its wire protocol, the client, the agent, machines as devices of queues, jobs, runs on many hosts |
 //! | [`harness`] | registry, markers, deadlines and outcomes of scenarios, how long a run may take and how many machines run at once |
 //! | [`storage`] | RAID and LVM layouts, cleanup plans, and the proof that nothing is left |
 //! | [`vm`] | QEMU: accelerator, command line, QMP, the life of a machine, templates and forks |

@@ -1,6 +1,7 @@
 //! `shakedown bench`: where every claim about speed is measured.
 
 mod agent;
+mod fleet;
 
 use super::Verdict;
 use super::residue::Residue;
@@ -60,6 +61,7 @@ enum What {
         #[command(flatten)]
         options: Options,
     },
+    Fleet(fleet::Fleet),
     /// Listing 1,000 scenarios, from the start of the process to its end
     List {
         #[command(flatten)]
@@ -92,6 +94,7 @@ impl Bench {
             What::Suite { options } => ("suite", options, 1, suite),
             What::Image { options } => ("image", options, 1, image),
             What::Residue(residue) => return residue.run(),
+            What::Fleet(fleet) => return fleet.run(),
             What::Agent { options } => ("agent", options, 3, agent::measure),
             What::List { only: true, .. } => {
                 harness::bench_list(1000, Path::new("/dev/null"))?;

@@ -5,10 +5,13 @@
 
 mod agent;
 mod bench;
+mod binaries;
 mod demo;
 mod device;
 mod doctor;
+mod fleet;
 mod image;
+mod jobs;
 mod ledger;
 mod plan;
 mod progress;
@@ -26,6 +29,7 @@ use clap::{Parser, Subcommand};
 use shakedown::deadline::Stop;
 use shakedown::harness::WrongSettings;
 use shakedown::record::environment;
+use shakedown::testflinger::jobs::WrongInput;
 use shakedown::{host, process};
 use std::io;
 use std::process::ExitCode;
@@ -49,6 +53,8 @@ enum Command {
     Ledger(ledger::Ledger),
     Agent(agent::Agent),
     Device(device::Device),
+    Fleet(fleet::Fleet),
+    Jobs(jobs::Jobs),
     Bench(bench::Bench),
 }
 
@@ -81,6 +87,8 @@ Examples:
   shakedown image list          The boot images in the store
   shakedown template prune      Removes frozen machines that were not used for long
   shakedown ledger check        Whether every line of the ledger is valid
+  shakedown fleet run --queue Q  The scenarios of this project, on many hosts
+  shakedown jobs                A Testflinger job on each machine of a list
   shakedown bench boot --json   How fast machines boot here";
 
 const EXIT_STATUS: &str = "\
@@ -124,6 +132,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Vm(vm) => vm.run(),
         Command::Plan(plan) => plan.run(),
         Command::Ledger(ledger) => ledger.run(),
+        Command::Fleet(fleet) => fleet.run(),
+        Command::Jobs(jobs) => jobs.run(),
         Command::Bench(bench) => bench.run(),
         Command::Agent(agent) => Ok(Verdict::Status(agent.run())),
         Command::Device(device) => Ok(Verdict::Status(device.run())),
@@ -160,7 +170,10 @@ fn status_of(error: &anyhow::Error, otherwise: u8) -> u8 {
         INTERRUPTED
     } else if error.chain().any(broken_pipe) {
         BROKEN_PIPE
-    } else if error.is::<WrongSettings>() || error.chain().any(|e| e.is::<host::setting::Invalid>()) {
+    } else if error.is::<WrongSettings>()
+        || error.is::<WrongInput>()
+        || error.chain().any(|e| e.is::<host::setting::Invalid>())
+    {
         2
     } else {
         otherwise

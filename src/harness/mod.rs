@@ -15,6 +15,9 @@
 //! ignored scenario prints its reason and gets a ledger line. Under `cargo nextest` ignored
 //! scenarios are never started, and so leave no line.
 //!
+//! `SHAKEDOWN_SCENARIOS` names a file with the names of scenarios, one a line: only these exist then,
+//! and one that does not is an error. It is how a part of a run is done on another host.
+//!
 //! A run has a budget of time, `SHAKEDOWN_SESSION_BUDGET`. What does not fit into it, by the medians
 //! of the ledger and by the clock, is *deferred*: told, in the ledger, and queued in
 //! `deferred.jsonl`, which `--deferred` works off. Under nextest a deferred scenario counts as one
@@ -31,6 +34,7 @@ mod command_line;
 mod debug;
 mod errand;
 mod marker;
+mod named;
 mod panics;
 mod progress;
 mod scenario;
@@ -69,6 +73,9 @@ use std::time::{Duration, Instant};
 use tally::Tally;
 use verdict::Verdict;
 
+/// See [`Project::root`].
+const PROJECT_VARIABLE: &str = "SHAKEDOWN_PROJECT";
+
 /// The package whose scenarios these are. [`main!`](crate::main) knows it.
 #[derive(Clone, Copy, Debug)]
 pub struct Project {
@@ -81,12 +88,18 @@ pub struct Project {
 }
 
 impl Project {
-    /// Where its `notes/` and fixtures are: the package, or the current directory on a host that
-    /// does not have it.
+    /// Where its `notes/` and fixtures are: `SHAKEDOWN_PROJECT`, else the package, or the current
+    /// directory on a host that does not have it.
     ///
     /// # Errors
-    /// When there is neither.
+    /// When there is none, or the variable names none.
     pub fn root(&self) -> Result<PathBuf> {
+        if let Some(directory) = std::env::var_os(PROJECT_VARIABLE).filter(|value| !value.is_empty()) {
+            return std::fs::canonicalize(&directory).ok().filter(|path| path.is_dir()).with_context(|| {
+                let directory = PathBuf::from(&directory);
+                Fault::host(format!("{PROJECT_VARIABLE}={} is no directory", directory.display()))
+            });
+        }
         let compiled = PathBuf::from(self.directory);
         if compiled.is_dir() {
             return Ok(compiled);
@@ -200,7 +213,7 @@ fn run(
 ) -> Result<ExitCode> {
     let environment = Environment::read(&project.root()?)?;
     let settings = Settings::parse(project.manifest)?;
-    let known = checked(scenarios, &settings)?;
+    let known = named::only(checked(scenarios, &settings)?)?;
     let CommandLine { arguments, selection, deferred } = command_line::parse(arguments, &settings.markers)?;
     let queue = Queue::in_log_root(&environment.log_root);
     let owed = deferred.then(|| Owed::read(&queue, project.test, &known)).transpose()?;

@@ -61,7 +61,7 @@ const SESSION_BUDGET: Variable = Variable {
 };
 
 /// All variables there are. Any other name that starts with one of [`PREFIXES`] is an error.
-pub const VARIABLES: [Variable; 12] = [
+pub const VARIABLES: [Variable; 15] = [
     SPAWN_TIMEOUT,
     LOGIN_TIMEOUT,
     LEDGER_PATH,
@@ -84,9 +84,24 @@ pub const VARIABLES: [Variable; 12] = [
         meaning: "a prebuilt image (ISO, raw, qcow2) to use instead of building one",
     },
     Variable {
+        name: "SHAKEDOWN_JOB",
+        default: "none",
+        meaning: "set by `shakedown agent`: the job that a process belongs to",
+    },
+    Variable {
         name: "SHAKEDOWN_MARKERS",
         default: "all but the markers that the project ignores",
         meaning: "which scenarios run, for example `all(vm, not(slow))`",
+    },
+    Variable {
+        name: "SHAKEDOWN_PROJECT",
+        default: "where the project was compiled, or else the current directory",
+        meaning: "the project's directory, for a test binary that has travelled",
+    },
+    Variable {
+        name: "SHAKEDOWN_SCENARIOS",
+        default: "all",
+        meaning: "a file with the names of the scenarios that there are, one a line; an unknown one is an error",
     },
     SESSION_BUDGET,
     Variable {

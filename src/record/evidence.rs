@@ -19,7 +19,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::slice;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// The evidence of one scenario execution. A handle: clones are the same evidence, and
 /// [`Events::to`](super::event::Events::to) takes one.
@@ -39,6 +39,8 @@ struct State {
     events: File,
     log: File,
     machine_started: Option<Instant>,
+    /// How long it had lasted when this began.
+    before: Duration,
     /// Told after the logs.
     watcher: Option<Events>,
     /// How many diagnostics got a number.
@@ -133,6 +135,7 @@ impl Evidence {
             events: files.events,
             log: files.log,
             machine_started: None,
+            before: Duration::ZERO,
             watcher: None,
             numbered: 0,
             problem: None,
@@ -180,6 +183,14 @@ impl Evidence {
         self.state().metadata.clone()
     }
 
+    /// Says that what is recorded here began at `start`, elsewhere and before this.
+    pub fn began(&self, start: Utc) {
+        let mut state = self.state();
+        let seconds = Utc::now().seconds_since(start).max(0.0);
+        state.before = Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        state.metadata.timings.start = Some(start);
+    }
+
     /// Adds to the metadata and writes it, before the act that it describes.
     ///
     /// # Errors
@@ -219,7 +230,7 @@ impl Evidence {
             },
         };
         self.write(&mut state, &ended);
-        let total = self.0.started.elapsed().as_secs_f64();
+        let total = (state.before + self.0.started.elapsed()).as_secs_f64();
         conclude(&mut state.metadata, Utc::now(), total, self.0.run_started);
         state.metadata.outcome = Some(outcome);
         state.metadata.reason = reason.map(str::to_owned);
@@ -323,7 +334,7 @@ fn readable(time: Utc, seconds: f64, event: &Event) -> String {
 }
 
 /// Makes a directory for the next attempt of a scenario.
-fn make_directory(run: &Path, scenario: &str) -> Result<(PathBuf, u32)> {
+pub(super) fn make_directory(run: &Path, scenario: &str) -> Result<(PathBuf, u32)> {
     let name = directory_name(scenario);
     let mut attempt = 1;
     loop {

@@ -50,19 +50,33 @@ impl History {
     /// # Errors
     /// A host [`Fault`](crate::fault::Fault) when the ledger cannot be read.
     pub fn read(path: &Path, accelerator: Option<&str>) -> Result<Self> {
+        Self::read_where(path, |glance| {
+            glance.boot == BootKind::None || glance.accelerator.as_deref() == accelerator
+        })
+    }
+
+    /// That of all machines, whatever their accelerator: to compare scenarios with each other, and not
+    /// to say what they take here.
+    ///
+    /// # Errors
+    /// As [`History::read`].
+    pub fn read_all(path: &Path) -> Result<Self> {
+        Self::read_where(path, |_| true)
+    }
+
+    fn read_where(path: &Path, counts: impl Fn(&Glance) -> bool) -> Result<Self> {
         match tail(path) {
-            Ok(text) => Ok(Self::of(&text, accelerator)),
+            Ok(text) => Ok(Self::of(&text, counts)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
             Err(error) => Err(error).with_context(|| files::cannot("read the ledger", path)),
         }
     }
 
-    fn of(text: &[u8], accelerator: Option<&str>) -> Self {
+    fn of(text: &[u8], counts: impl Fn(&Glance) -> bool) -> Self {
         let mut history = Self::default();
         for line in text.split(|byte| *byte == b'\n') {
             let Ok(glance) = serde_json::from_slice::<Glance>(line) else { continue };
-            let here = glance.boot == BootKind::None || glance.accelerator.as_deref() == accelerator;
-            if glance.outcome != Outcome::Passed || !here {
+            if glance.outcome != Outcome::Passed || !counts(&glance) {
                 continue;
             }
             // A build is once for all; that a scenario was the one to wait for it is chance.
@@ -126,6 +140,10 @@ mod tests {
         .to_string()
     }
 
+    fn on(accelerator: Option<&str>) -> impl Fn(&Glance) -> bool {
+        move |glance| glance.boot == BootKind::None || glance.accelerator.as_deref() == accelerator
+    }
+
     fn seconds(duration: Option<Duration>) -> Option<f64> {
         duration.map(|duration| duration.as_secs_f64())
     }
@@ -144,15 +162,15 @@ mod tests {
             r#"{"timestamp": "2025-12-25T23:41:40Z", "outcome": "passed"}"#.into(),
         ]
         .join("\n");
-        let history = History::of(text.as_bytes(), Some("tcg"));
+        let history = History::of(text.as_bytes(), on(Some("tcg")));
         assert_eq!(seconds(history.median("a")), Some(12.0));
         assert_eq!(seconds(history.median("b")), Some(3.0));
         assert_eq!((history.median("c"), history.median("d")), (None, None));
         assert_eq!(seconds(history.typical(BootKind::Fork)), Some(12.0));
         assert_eq!(history.typical(BootKind::Cold), None);
-        let elsewhere = History::of(text.as_bytes(), Some("kvm"));
+        let elsewhere = History::of(text.as_bytes(), on(Some("kvm")));
         assert_eq!(seconds(elsewhere.median("a")), Some(1.0));
-        assert_eq!(History::of(text.as_bytes(), None).median("a"), None);
+        assert_eq!(History::of(text.as_bytes(), on(None)).median("a"), None);
     }
 
     #[test]
@@ -160,7 +178,7 @@ mod tests {
         let old = (0..50).map(|_| line("a", "passed", "none", "", 100.0, 0.0));
         let new = (0..NEWEST).map(|_| line("a", "passed", "none", "", 1.0, 0.0));
         let text: Vec<_> = old.chain(new).collect();
-        assert_eq!(seconds(History::of(text.join("\n").as_bytes(), None).median("a")), Some(1.0));
+        assert_eq!(seconds(History::of(text.join("\n").as_bytes(), on(None)).median("a")), Some(1.0));
     }
 
     #[test]
@@ -181,7 +199,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_text_is_survived(text in prop::collection::vec(any::<u8>(), 0..200)) {
-            History::of(&text, Some("tcg"));
+            History::of(&text, on(Some("tcg")));
         }
 
         #[test]

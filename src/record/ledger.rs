@@ -285,6 +285,19 @@ fn lines(path: &Path) -> Result<impl Iterator<Item = Result<Line, Problem>> + us
     }))
 }
 
+/// The record in one line that somebody else wrote: of this version, and sound in itself.
+///
+/// # Errors
+/// What is wrong with it, with the names of the fields.
+pub fn parse_line(line: &[u8]) -> Result<Record, String> {
+    let record = parse(line).map_err(|what| what.join("; "))?;
+    let mut what = check::contradictions(&record);
+    if record.schema_version != SCHEMA_VERSION {
+        what.push(check::foreign(record.schema_version));
+    }
+    if what.is_empty() { Ok(record) } else { Err(what.join("; ")) }
+}
+
 /// The record in one line, or all that is wrong with the line.
 fn parse(line: &[u8]) -> Result<Record, Vec<String>> {
     match serde_json::from_slice::<Record>(line) {

@@ -15,6 +15,7 @@
 //!
 //! Does not collect diagnostics from a guest: who can, asks [`Evidence::diagnostic`] for a path.
 
+mod adopt;
 pub mod deferred;
 pub mod environment;
 pub mod event;

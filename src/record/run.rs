@@ -48,7 +48,7 @@ pub struct RunFile {
     pub git: Option<Git>,
     pub env: BTreeMap<String, String>,
     pub shakedown_version: String,
-    /// nextest's own id of this run.
+    /// What processes of the same run know it by: nextest's own id of it, or the name of a run of jobs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nextest_run_id: Option<String>,
     /// When the last of its processes so far ended; absent where that was killed.
@@ -69,6 +69,14 @@ impl Run {
         // nextest documents it as the same UUID in all processes of one run.
         let shared = std::env::var("NEXTEST_RUN_ID").ok().filter(|id| !id.is_empty());
         Self::start_in(environment, shared)
+    }
+
+    /// Begins the run of this name, or goes on with it: for what outlives the process that began it.
+    ///
+    /// # Errors
+    /// As [`Run::start`].
+    pub fn named(environment: Environment, name: &str) -> Result<Self> {
+        Self::start_in(environment, Some(name.to_owned()))
     }
 
     pub(super) fn start_in(environment: Environment, shared: Option<String>) -> Result<Self> {

@@ -198,6 +198,8 @@ pub fn is_id(text: &str) -> bool {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct AgentData {
+    /// Its id.
+    pub name: String,
     /// `waiting`, a phase, `offline`, `maintenance` or `restart`; empty when unknown.
     pub state: String,
     /// Why it is in that state.

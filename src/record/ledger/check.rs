@@ -59,7 +59,7 @@ pub fn check(path: &Path) -> Result<Vec<Problem>> {
 }
 
 /// What no single field shows.
-fn contradictions(record: &Record) -> Vec<String> {
+pub(super) fn contradictions(record: &Record) -> Vec<String> {
     let rules = [
         (record.run_id.is_empty(), "field `run_id`: empty"),
         (record.scenario.is_empty(), "field `scenario`: empty"),

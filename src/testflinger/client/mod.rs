@@ -3,22 +3,27 @@
 //! Does not retry, but for a token that expired: whether a request may be sent twice is known to
 //! the caller alone. [`Error::is_outage`] says when trying again later makes sense.
 
+mod agent;
 mod body;
-mod state;
+mod error;
+mod result;
 mod token;
+mod user;
 
-pub use token::TokenFile;
+pub use error::Error;
+pub use result::{JobResult, PhaseResult};
+pub use token::{Login, TokenFile};
+pub use user::{Found, LogPart};
 
-use super::wire::{AgentData, AgentUpdate, Event, Fragment, Job, Log, ProvisionLog, ResultUpdate, WrongJob};
+use base64::Engine;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
-use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::path::Path;
 use std::time::Duration;
-use token::Token;
+use token::{Grant, Token};
 use ureq::http::{Method, Request, Response, StatusCode, header};
 use ureq::tls::{RootCerts, TlsConfig, TlsProvider};
 use ureq::{Body, SendBody};
@@ -33,84 +38,6 @@ const FILES: Duration = Duration::from_secs(600);
 const EVENTS: Duration = Duration::from_secs(15);
 /// The server takes no document of 16 MiB and gives none.
 const LARGEST_ANSWER: u64 = 32 << 20;
-
-/// Why a request did not do what it should.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// No answer. The server may have acted on the request all the same.
-    #[error("no answer from {url}")]
-    Unreachable {
-        /// What was asked.
-        url: String,
-        /// What went wrong.
-        source: Box<ureq::Error>,
-    },
-    /// An answer that says no.
-    #[error("{url} answered {status}: {message}")]
-    Refused {
-        /// What was asked.
-        url: String,
-        /// The HTTP status.
-        status: u16,
-        /// What the server said of it, shortened.
-        message: String,
-    },
-    /// An answer that makes no sense.
-    #[error("{url} answered what it should not: {message}")]
-    Garbled {
-        /// What was asked.
-        url: String,
-        /// What is wrong with it.
-        message: String,
-    },
-    /// There is no token to ask with: the request was not sent, or not heard.
-    #[error("no token")]
-    NoToken {
-        /// Why not.
-        source: Box<Error>,
-    },
-    /// A job that makes no sense.
-    #[error(transparent)]
-    WrongJob(#[from] WrongJob),
-    /// Something on this host.
-    #[error("{what}")]
-    Here {
-        /// What was attempted.
-        what: String,
-        /// What went wrong.
-        source: io::Error,
-    },
-}
-
-impl Error {
-    /// True when the server or the way to it is down: later, the same request may succeed.
-    ///
-    /// 401 and 403 count: tokens are renewed by others, and an agent without one waits for it.
-    pub fn is_outage(&self) -> bool {
-        match self {
-            Self::Unreachable { .. } | Self::NoToken { .. } => true,
-            Self::Refused { status, .. } => matches!(status, 401 | 403 | 408 | 425 | 429 | 500..),
-            Self::Garbled { .. } | Self::WrongJob(_) | Self::Here { .. } => false,
-        }
-    }
-
-    /// True when the server may have acted on the request, although it seems to have failed.
-    pub fn is_ambiguous(&self) -> bool {
-        match self {
-            Self::Unreachable { .. } | Self::Garbled { .. } => true,
-            Self::Refused { status, .. } => *status >= 500,
-            Self::NoToken { .. } | Self::WrongJob(_) | Self::Here { .. } => false,
-        }
-    }
-
-    /// The HTTP status of a refusal.
-    pub fn status(&self) -> Option<u16> {
-        match self {
-            Self::Refused { status, .. } => Some(*status),
-            _ => None,
-        }
-    }
-}
 
 type Result<T> = std::result::Result<T, Error>;
 
@@ -127,6 +54,15 @@ pub struct Client {
 impl Client {
     /// A client of the server at `address`, which need not say `http://`.
     pub fn new(address: &str, token: Option<TokenFile>) -> Self {
+        Self::with(address, Token::new(token.map(token::Source::File)), 2)
+    }
+
+    /// A client for who submits jobs and reads their results; without a login, for anybody.
+    pub fn for_user(address: &str, login: Option<Login>) -> Self {
+        Self::with(address, Token::new(login.map(token::Source::Login)), 8)
+    }
+
+    fn with(address: &str, token: Token, connections: usize) -> Self {
         let tls = TlsConfig::builder()
             .provider(TlsProvider::NativeTls)
             // A lab's server may have a certificate that only its hosts trust.
@@ -135,14 +71,15 @@ impl Client {
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .max_redirects(3)
-            .max_idle_connections(2)
+            .max_idle_connections(connections)
+            .max_idle_connections_per_host(connections)
             .input_buffer_size(16 << 10)
             .output_buffer_size(16 << 10)
             .user_agent(concat!("shakedown/", env!("CARGO_PKG_VERSION")))
             .timeout_global(Some(USUAL))
             .tls_config(tls)
             .build();
-        Self { http: config.into(), base: base(address), cookie: None, token: Token::new(token) }
+        Self { http: config.into(), base: base(address), cookie: None, token }
     }
 
     /// Speaks as the agent of this name.
@@ -168,154 +105,6 @@ impl Client {
         }
     }
 
-    /// What the server knows of `agent`; `None` when it does not know it.
-    ///
-    /// # Errors
-    /// As of every request: [`Error`].
-    pub fn agent_data(&self, agent: &str) -> Result<Option<AgentData>> {
-        match self.get(&format!("/v1/agents/data/{}", escape(agent))) {
-            Err(Error::Refused { status: 404, .. }) => Ok(None),
-            other => other,
-        }
-    }
-
-    /// Tells the server of `agent`.
-    ///
-    /// # Errors
-    /// As of every request: [`Error`].
-    pub fn update_agent(&self, agent: &str, update: &AgentUpdate) -> Result<()> {
-        self.post(&format!("/v1/agents/data/{}", escape(agent)), update, USUAL)
-    }
-
-    /// Says what queues are for.
-    ///
-    /// # Errors
-    /// As of every request: [`Error`].
-    pub fn advertise_queues(&self, queues: &BTreeMap<String, String>) -> Result<()> {
-        self.post("/v1/agents/queues", queues, USUAL)
-    }
-
-    /// Says which images the queues have.
-    ///
-    /// # Errors
-    /// As of every request: [`Error`].
-    pub fn advertise_images(&self, images: &BTreeMap<String, BTreeMap<String, String>>) -> Result<()> {
-        self.post("/v1/agents/images", images, USUAL)
-    }
-
-    /// Takes a job from one of `queues`. It is ours then, whether or not the answer arrives.
-    ///
-    /// # Errors
-    /// As of every request: [`Error`].
-    pub fn take_job<'a>(&self, queues: impl IntoIterator<Item = &'a str>) -> Result<Option<Job>> {
-        let mut path = "/v1/job".to_owned();
-        for (index, queue) in queues.into_iter().enumerate() {
-            path.push(if index == 0 { '?' } else { '&' });
-            path.push_str("queue=");
-            path.push_str(&escape(queue));
-        }
-        Ok(self.get_optional::<Value>(&path)?.map(Job::new).transpose()?)
-    }
-
-    /// The state of a job, without loading its logs; `None` when the server knows none.
-    ///
-    /// # Errors
-    /// As of every request: [`Error`].
-    pub fn job_state(&self, job: &str) -> Result<Option<String>> {
-        let path = format!("/v1/result/{}", escape(job));
-        let mut response = self.call(Method::GET, &path, Payload::None, LOGS)?;
-        if response.status() == StatusCode::NO_CONTENT {
-            return Ok(None);
-        }
-        let reader = response.body_mut().with_config().limit(u64::MAX).reader();
-        state::find(reader).map_err(|error| self.garbled(&path, error))
-    }
-
-    /// Posts news of a job's result.
-    ///
-    /// # Errors
-    /// As of every request: [`Error`].
-    pub fn update_result(&self, job: &str, update: &ResultUpdate) -> Result<()> {
-        self.post(&format!("/v1/result/{}", escape(job)), update, USUAL)
-    }
-
-    /// Appends to a log. The server stores what it is sent as often as it is sent.
-    ///
-    /// # Errors
-    /// As of every request: [`Error`].
-    pub fn post_fragment(&self, job: &str, log: Log, fragment: &Fragment<'_>) -> Result<()> {
-        self.post(&format!("/v1/result/{}/log/{}", escape(job), log.name()), fragment, LOGS)
-    }
-
-    /// The last fragment from `start` on that the server has; `None` when it has none.
-    ///
-    /// # Errors
-    /// As of every request: [`Error`].
-    pub fn last_fragment(&self, job: &str, log: Log, start: u64) -> Result<Option<u64>> {
-        let path = format!("/v1/result/{}/log/{}?start_fragment={start}", escape(job), log.name());
-        let Some(answer) = self.get_optional::<Value>(&path)? else { return Ok(None) };
-        let phases = answer.get(log.name()).and_then(Value::as_object);
-        let numbers =
-            phases.into_iter().flatten().filter_map(|(_, p)| p.get("last_fragment_number")?.as_u64());
-        Ok(numbers.max().filter(|number| *number >= start))
-    }
-
-    /// Tells the job's webhook, through the server, all that happened so far.
-    ///
-    /// # Errors
-    /// As of every request: [`Error`]; what the webhook answers is in it too.
-    pub fn post_events(&self, job: &Job, agent: &str, events: &[Event]) -> Result<()> {
-        let body = serde_json::json!({
-            "agent_id": agent,
-            "job_queue": job.queue(),
-            "job_status_webhook": job.webhook(),
-            "events": events,
-        });
-        self.post(&format!("/v1/job/{}/events", escape(job.id())), &body, EVENTS)
-    }
-
-    /// Tells how provisioning went.
-    ///
-    /// # Errors
-    /// As of every request: [`Error`].
-    pub fn post_provision_log(&self, agent: &str, log: &ProvisionLog) -> Result<()> {
-        self.post(&format!("/v1/agents/provision_logs/{}", escape(agent)), log, USUAL)
-    }
-
-    /// Writes the job's attachments, a gzipped tar, to `file`; false when there are none.
-    ///
-    /// # Errors
-    /// As of every request: [`Error`].
-    pub fn fetch_attachments(&self, job: &str, file: &mut File) -> Result<bool> {
-        let path = format!("/v1/job/{}/attachments", escape(job));
-        let mut response = self.call(Method::GET, &path, Payload::None, FILES)?;
-        if response.status() == StatusCode::NO_CONTENT {
-            return Ok(false);
-        }
-        let mut reader = response.body_mut().with_config().limit(u64::MAX).reader();
-        let mut chunk = vec![0; 64 << 10];
-        loop {
-            let size = match reader.read(&mut chunk) {
-                Ok(0) => return Ok(true),
-                Ok(size) => size,
-                Err(error) => {
-                    return Err(Error::Unreachable { url: self.url(&path), source: Box::new(error.into()) });
-                }
-            };
-            io::Write::write_all(file, &chunk[..size])
-                .map_err(|source| Error::Here { what: "cannot write the attachments".into(), source })?;
-        }
-    }
-
-    /// Uploads a job's artifacts, a gzipped tar.
-    ///
-    /// # Errors
-    /// As of every request: [`Error`].
-    pub fn send_artifacts(&self, job: &str, archive: &Path) -> Result<()> {
-        let path = format!("/v1/result/{}/artifact", escape(job));
-        self.call(Method::POST, &path, Payload::File(archive), FILES).map(drop)
-    }
-
     fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         self.get_optional(path)?.ok_or_else(|| self.garbled(path, "nothing"))
     }
@@ -323,15 +112,18 @@ impl Client {
     /// `None` for 204.
     fn get_optional<T: DeserializeOwned>(&self, path: &str) -> Result<Option<T>> {
         let mut response = self.call(Method::GET, path, Payload::None, USUAL)?;
+        self.json(path, &mut response)
+    }
+
+    fn json<T: DeserializeOwned>(&self, path: &str, response: &mut Response<Body>) -> Result<Option<T>> {
         if response.status() == StatusCode::NO_CONTENT {
             return Ok(None);
         }
-        let body = response
-            .body_mut()
-            .with_config()
-            .limit(LARGEST_ANSWER)
-            .read_to_vec()
-            .map_err(|source| Error::Unreachable { url: self.url(path), source: Box::new(source) })?;
+        let body = response.body_mut().with_config().limit(LARGEST_ANSWER).read_to_vec();
+        let body = body.map_err(|error| match error {
+            ureq::Error::BodyExceedsLimit(limit) => self.garbled(path, format!("more than {limit} bytes")),
+            source => Error::Unreachable { url: self.url(path), source: Box::new(source) },
+        })?;
         serde_json::from_slice(&body).map(Some).map_err(|error| self.garbled(path, error))
     }
 
@@ -343,10 +135,32 @@ impl Client {
         Ok(())
     }
 
+    /// Writes an answer to `file`; false for 204.
+    fn download(&self, path: &str, file: &mut File, limit: u64) -> Result<bool> {
+        let mut response = self.call(Method::GET, path, Payload::None, FILES)?;
+        if response.status() == StatusCode::NO_CONTENT {
+            return Ok(false);
+        }
+        let mut reader = endless(&mut response);
+        let mut chunk = vec![0; 64 << 10];
+        let mut left = limit;
+        loop {
+            let size = reader.read(&mut chunk).map_err(|error| self.broken(path, error))?;
+            if size == 0 {
+                return Ok(true);
+            }
+            left = left
+                .checked_sub(size as u64)
+                .ok_or_else(|| self.garbled(path, format!("more than {limit} bytes")))?;
+            file.write_all(&chunk[..size])
+                .map_err(|source| Error::Here { what: "cannot write what was downloaded".into(), source })?;
+        }
+    }
+
     /// Sends a request with the token; once more with a new one if the server does not like it.
     fn call(&self, method: Method, path: &str, body: Payload<'_>, limit: Duration) -> Result<Response<Body>> {
-        let bearer = self.token.get(|refresh| self.refresh(refresh))?;
-        let response = self.send(&method, path, &body, limit, bearer.as_deref())?;
+        let bearer = self.token.get(|grant| self.grant(grant))?;
+        let response = self.send(&method, path, &body, limit, bearer.as_deref().map(bearer_header))?;
         let renew = match response.status().as_u16() {
             401 => true,
             // Who has no token is anybody, and anybody may do little.
@@ -355,19 +169,29 @@ impl Client {
         };
         if renew {
             self.token.forget(bearer.as_deref());
-            if let Some(bearer) = self.token.get(|refresh| self.refresh(refresh))? {
-                let response = self.send(&method, path, &body, limit, Some(&bearer))?;
+            if let Some(bearer) = self.token.get(|grant| self.grant(grant))? {
+                let response = self.send(&method, path, &body, limit, Some(bearer_header(&bearer)))?;
                 return self.checked(path, response);
             }
         }
         self.checked(path, response)
     }
 
-    fn refresh(&self, refresh_token: &str) -> Result<token::Fresh> {
-        let path = "/v1/oauth2/refresh";
-        let body = serde_json::json!({"refresh_token": refresh_token}).to_string();
+    fn grant(&self, grant: Grant<'_>) -> Result<token::Fresh> {
         let limit = Duration::from_secs(15);
-        let response = self.send(&Method::POST, path, &Payload::Json(body.as_bytes()), limit, None)?;
+        let (path, response) = match grant {
+            Grant::Refresh(token) => {
+                let path = "/v1/oauth2/refresh";
+                let body = serde_json::json!({"refresh_token": token}).to_string();
+                (path, self.send(&Method::POST, path, &Payload::Json(body.as_bytes()), limit, None)?)
+            }
+            Grant::Login(Login { client_id, secret_key }) => {
+                let path = "/v1/oauth2/token";
+                let pair = format!("{client_id}:{secret_key}");
+                let basic = format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(pair));
+                (path, self.send(&Method::POST, path, &Payload::None, limit, Some(basic))?)
+            }
+        };
         let mut response = self.checked(path, response)?;
         let answer = response.body_mut().with_config().limit(1 << 20).read_to_vec();
         let answer = answer.map_err(|error| self.garbled(path, error))?;
@@ -380,19 +204,25 @@ impl Client {
         path: &str,
         body: &Payload<'_>,
         limit: Duration,
-        bearer: Option<&str>,
+        authorization: Option<String>,
     ) -> Result<Response<Body>> {
         let url = self.url(path);
         let mut request = Request::builder().method(method.clone()).uri(&url);
-        if let Some(bearer) = bearer {
-            request = request.header(header::AUTHORIZATION, format!("Bearer {bearer}"));
+        if let Some(authorization) = authorization {
+            request = request.header(header::AUTHORIZATION, authorization);
         }
         if let Some(cookie) = &self.cookie {
             request = request.header(header::COOKIE, cookie);
         }
         let unreachable = |source| Error::Unreachable { url: url.clone(), source: Box::new(source) };
         let sent = match body {
-            Payload::None => request.body(SendBody::none()),
+            Payload::None => {
+                if *method == Method::POST {
+                    // Unsaid, it would be chunked, which small servers do not read.
+                    request = request.header(header::CONTENT_LENGTH, 0);
+                }
+                request.body(SendBody::none())
+            }
             Payload::Json(json) => {
                 request = request.header(header::CONTENT_TYPE, "application/json");
                 request = request.header(header::CONTENT_LENGTH, json.len());
@@ -437,9 +267,26 @@ impl Client {
         format!("{}{path}", self.base)
     }
 
+    /// What reading an answer's body came to.
+    fn broken(&self, path: &str, error: io::Error) -> Error {
+        match error.kind() {
+            io::ErrorKind::InvalidData => self.garbled(path, error),
+            _ => Error::Unreachable { url: self.url(path), source: Box::new(error.into()) },
+        }
+    }
+
     fn garbled(&self, path: &str, error: impl ToString) -> Error {
         Error::Garbled { url: self.url(path), message: error.to_string() }
     }
+}
+
+fn bearer_header(token: &str) -> String {
+    format!("Bearer {token}")
+}
+
+/// The body of an answer, of any size: for who reads it piece by piece.
+fn endless(response: &mut Response<Body>) -> impl Read + '_ {
+    response.body_mut().with_config().limit(u64::MAX).reader()
 }
 
 /// What is sent: it can be sent twice.
@@ -495,17 +342,5 @@ mod tests {
     #[test]
     fn names_cannot_change_the_path() {
         assert_eq!(escape("a b/../c&d=ü"), "a%20b%2F..%2Fc%26d%3D%C3%BC");
-    }
-
-    #[test]
-    fn only_what_may_pass_is_an_outage() {
-        let refused = |status| Error::Refused { url: String::new(), status, message: String::new() };
-        for status in [401, 403, 429, 500, 502, 503, 504] {
-            assert!(refused(status).is_outage(), "{status}");
-        }
-        for status in [400, 404, 413, 422] {
-            assert!(!refused(status).is_outage(), "{status}");
-        }
-        assert!(!refused(403).is_ambiguous(), "a 403 was not acted upon");
     }
 }

@@ -1,0 +1,480 @@
+//! The work of a run on many hosts: send out shards, watch them, take what comes back.
+//!
+//! Decides by what a [`Lab`] shows, and acts through it alone, so that the simulation exercises this
+//! very code. Time is the lab's, too.
+
+use super::shards::{End, GivenUp, Shard, ShardId, Shards, State};
+use super::split::{Index, Sizes};
+use std::collections::{BTreeSet, HashMap};
+use std::time::Duration;
+
+/// Each shard that runs is listened to so often.
+const LISTEN_EVERY: Duration = Duration::from_secs(45);
+/// A shard that runs its scenarios says so every 15 seconds ([`super::job`]). One that does not for
+/// so long is lost.
+const SILENCE: Duration = Duration::from_secs(75);
+/// Before its scenarios, a job may be silent: a machine is installed. This is more than that takes.
+const STUCK: Duration = Duration::from_secs(45 * 60);
+/// When others have come so far: so many times as long as the slowest of them, and no less than
+/// [`SETTLED`].
+const SLOWER: u32 = 5;
+const SETTLED: Duration = Duration::from_secs(120);
+/// When nobody takes a shard for so long, nobody will.
+const PATIENCE: Duration = Duration::from_secs(6 * 3600);
+/// How many shards are listened to in a second, at most: a server has more to do.
+const MOST_LISTENED: f64 = 20.0;
+/// Agents come and go.
+const COUNT_EVERY: Duration = Duration::from_secs(300);
+/// What a job costs beside its scenarios, until one has shown it.
+const OVERHEAD: Duration = Duration::from_secs(15);
+/// However little a job costs, what it does should be more.
+const SMALLEST: Duration = Duration::from_secs(60);
+/// Agents end a phase after four hours, if they are not told otherwise; and what a host has when it
+/// dies has to be done again.
+const LARGEST: Duration = Duration::from_secs(3600);
+
+/// Why something could not be done.
+#[derive(Debug)]
+pub enum Trouble {
+    /// The server is away: later it may be done.
+    Away(String),
+    /// It will never be done.
+    Fatal(anyhow::Error),
+    /// Ctrl-C.
+    Interrupted,
+}
+
+/// A shard to be submitted.
+#[derive(Clone, Debug)]
+pub struct Order {
+    /// Which.
+    pub shard: ShardId,
+    /// What it has to run.
+    pub scenarios: Vec<Index>,
+    /// Who shall not get it.
+    pub exclude: BTreeSet<String>,
+}
+
+/// What a shard that runs was heard to say.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct News {
+    /// Anything at all, since it was last listened to.
+    pub any: bool,
+    /// Who runs it, when that is known.
+    pub agent: Option<String>,
+    /// Its scenarios are over; what remains is the agent's work.
+    pub over: bool,
+}
+
+/// What came back of a shard.
+#[derive(Debug)]
+pub struct Harvest<F> {
+    /// Verdicts of its scenarios.
+    pub findings: Vec<(Index, F)>,
+    /// How its run ended; `None` when it did not.
+    pub ended: Option<Ended>,
+    /// Who ran it.
+    pub agent: Option<String>,
+    /// When it did not end: why.
+    pub why: String,
+}
+
+/// How the run of a shard ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// Why it could run nowhere; `None` when it ran.
+    pub hopeless: Option<String>,
+    /// What its scenarios took.
+    pub took: Duration,
+}
+
+/// What becomes of a scenario.
+#[derive(Debug)]
+pub enum Verdict<F> {
+    /// What its shard says.
+    Found(F),
+    /// It has none, and this is why.
+    Error(String),
+    /// Nobody waits for one any more.
+    Interrupted,
+}
+
+/// Where shards run.
+pub trait Lab {
+    /// A verdict with its evidence, as the lab knows it.
+    type Finding;
+
+    /// Since the lab was opened.
+    fn now(&self) -> Duration;
+
+    /// Lets time pass.
+    ///
+    /// # Errors
+    /// [`Trouble::Interrupted`].
+    fn rest(&mut self, time: Duration) -> Result<(), Trouble>;
+
+    /// How many agents may take shards, without those.
+    ///
+    /// # Errors
+    /// When the server does not say.
+    fn hosts(&mut self, without: &BTreeSet<String>) -> Result<usize, Trouble>;
+
+    /// Submits shards; the ids of their jobs. A shard that could not be submitted for an outage is
+    /// tried again later, and is never there twice.
+    fn submit(&mut self, orders: &[Order]) -> Vec<Result<String, Trouble>>;
+
+    /// The states of all jobs, in one request.
+    ///
+    /// # Errors
+    /// When the server does not say.
+    fn states(&mut self) -> Result<HashMap<String, JobState>, Trouble>;
+
+    /// Listens to shards that run.
+    fn listen(&mut self, shards: &[(ShardId, String)]) -> Vec<Result<News, Trouble>>;
+
+    /// What there is of shards that are over.
+    fn collect(&mut self, shards: &[(ShardId, String)]) -> Vec<Result<Harvest<Self::Finding>, Trouble>>;
+
+    /// The verdicts that were heard of a shard, without asking anybody.
+    fn heard(&mut self, shard: ShardId) -> Vec<(Index, Self::Finding)>;
+
+    /// Ends jobs, if they are not over.
+    fn cancel(&mut self, jobs: &[String]);
+
+    /// Puts a verdict on record.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    fn keep(&mut self, scenario: Index, verdict: Verdict<Self::Finding>) -> Result<(), Trouble>;
+
+    /// Something that a person wants to know.
+    fn say(&mut self, text: &str);
+
+    /// The books after each round, to be kept and shown.
+    fn round(&mut self, shards: &Shards);
+}
+
+/// A job, as far as it matters here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobState {
+    /// Nobody has it yet.
+    Waiting,
+    /// Something is done for it, but no test.
+    Busy,
+    /// Its test runs, or has run.
+    Testing,
+    /// Nothing more happens to it.
+    Over,
+}
+
+/// Runs all scenarios. Each has its verdict on record when this returns, whatever happened; `most` is
+/// how many jobs there may be at once.
+///
+/// # Errors
+/// [`Trouble::Fatal`] or [`Trouble::Interrupted`], with which it ended early.
+pub fn run<L: Lab>(lab: &mut L, shards: &mut Shards, most: Option<usize>) -> Result<(), Trouble> {
+    let mut fleet = Fleet {
+        most,
+        hosts: 0,
+        counted: None,
+        overhead: OVERHEAD,
+        setup: None,
+        listened: HashMap::new(),
+        started: 0,
+        away: false,
+    };
+    let result = fleet.until_done(lab, shards);
+    let open: Vec<_> = shards.open().filter_map(|(id, shard)| Some((id, shard.job.clone()?))).collect();
+    if !open.is_empty() {
+        lab.cancel(&open.iter().map(|(_, job)| job.clone()).collect::<Vec<_>>());
+    }
+    for (id, _) in open {
+        for (scenario, finding) in lab.heard(id) {
+            if shards.accept(id, scenario) {
+                lab.keep(scenario, Verdict::Found(finding))?;
+            }
+        }
+        shards.close(id, &End::Dropped);
+    }
+    for scenario in shards.unfinished() {
+        shards.finish(scenario);
+        let verdict = match &result {
+            Err(Trouble::Interrupted) => Verdict::Interrupted,
+            Err(Trouble::Fatal(error)) => Verdict::Error(format!("the run ended early: {error:#}")),
+            _ => Verdict::Error("the run ended without it".into()),
+        };
+        lab.keep(scenario, verdict)?;
+    }
+    lab.round(shards);
+    result
+}
+
+struct Fleet {
+    most: Option<usize>,
+    hosts: usize,
+    /// When agents were last counted.
+    counted: Option<Duration>,
+    /// What a job costs beside its scenarios.
+    overhead: Duration,
+    /// The longest way of any job to its scenarios.
+    setup: Option<Duration>,
+    listened: HashMap<ShardId, Duration>,
+    /// How many shards found a host since the last round.
+    started: usize,
+    away: bool,
+}
+
+impl Fleet {
+    fn until_done<L: Lab>(&mut self, lab: &mut L, shards: &mut Shards) -> Result<(), Trouble> {
+        let whole = shards.backlog();
+        let mut last_sign = lab.now();
+        while !shards.all_done() {
+            let before = (shards.owed(), shards.all().len());
+            match self.round(lab, shards, whole) {
+                Ok(()) if self.away => {
+                    self.away = false;
+                    lab.say("the server is back");
+                    // Nobody could be heard.
+                    last_sign = lab.now();
+                    hear_all(shards, lab.now());
+                }
+                Err(Trouble::Away(why)) => {
+                    if !std::mem::replace(&mut self.away, true) {
+                        lab.say(&format!("the server is away, waiting for it: {why}"));
+                    }
+                }
+                other => other?,
+            }
+            let runs = shards.open().any(|(_, shard)| matches!(shard.state, State::Running { .. }));
+            if runs || self.away || before != (shards.owed(), shards.all().len()) {
+                last_sign = lab.now();
+            }
+            if lab.now().saturating_sub(last_sign) > PATIENCE {
+                return Err(Trouble::Fatal(anyhow::anyhow!(
+                    "no agent took any of the jobs in {}",
+                    crate::deadline::human(PATIENCE)
+                )));
+            }
+            lab.round(shards);
+            if !shards.all_done() {
+                lab.rest(interval(shards))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn round<L: Lab>(&mut self, lab: &mut L, shards: &mut Shards, whole: Duration) -> Result<(), Trouble> {
+        if shards.open().next().is_some() {
+            let over = self.watch(lab, shards)?;
+            self.collect(lab, shards, over, None)?;
+            let silent = self.listen(lab, shards)?;
+            if !silent.is_empty() {
+                let jobs: Vec<_> = silent.iter().map(|(_, job)| job.clone()).collect();
+                // First the end, then the harvest: nothing comes after it.
+                lab.cancel(&jobs);
+                self.collect(lab, shards, silent, Some("its host fell silent"))?;
+            }
+        }
+        // After a loss there is one agent less.
+        if self.counted.is_none_or(|then| lab.now().saturating_sub(then) >= COUNT_EVERY) {
+            self.hosts = lab.hosts(shards.distrusted())?;
+            self.counted = Some(lab.now());
+        }
+        self.send(lab, shards, whole)
+    }
+
+    /// Sends out as much as there may be at once.
+    fn send<L: Lab>(&mut self, lab: &mut L, shards: &mut Shards, whole: Duration) -> Result<(), Trouble> {
+        let hosts = self.hosts.min(self.most.unwrap_or(usize::MAX)).max(1);
+        // Some wait already when a host becomes free; but not many, or what was lost waits behind them.
+        let ahead = (2 * self.started).clamp(hosts / 50 + 1, hosts / 4 + 1);
+        let most = self.most.unwrap_or(hosts + ahead);
+        let open = shards.open().count();
+        let smallest = (4 * self.overhead).max(SMALLEST).min(whole.div_f64(hosts as f64));
+        shards.make(most.saturating_sub(open), Sizes { hosts, smallest, largest: LARGEST });
+        let order = |(shard, new): (ShardId, &Shard)| Order {
+            shard,
+            scenarios: new.scenarios.clone(),
+            exclude: shards.distrusted().clone(),
+        };
+        let orders: Vec<_> =
+            shards.open().filter(|(_, shard)| shard.state == State::New).map(order).collect();
+        if orders.is_empty() {
+            return Ok(());
+        }
+        let mut trouble = Ok(());
+        for (order, result) in orders.iter().zip(lab.submit(&orders)) {
+            match result {
+                Ok(job) => {
+                    let shard = shards.get_mut(order.shard);
+                    (shard.job, shard.state) = (Some(job), State::Waiting);
+                }
+                Err(error) => trouble = worse(trouble, error),
+            }
+        }
+        trouble
+    }
+
+    /// Learns the state of each job; those that are over.
+    fn watch<L: Lab>(&mut self, lab: &mut L, shards: &mut Shards) -> Result<Vec<(ShardId, String)>, Trouble> {
+        let states = lab.states()?;
+        let now = lab.now();
+        let open: Vec<_> = shards.open().filter_map(|(id, shard)| Some((id, shard.job.clone()?))).collect();
+        let mut over = Vec::new();
+        self.started = 0;
+        for (id, job) in open {
+            let shard = shards.get_mut(id);
+            // A server forgets a job after a week, or when it lost its memory.
+            match states.get(&job).copied().unwrap_or(JobState::Over) {
+                JobState::Waiting => {}
+                JobState::Over => over.push((id, job)),
+                state => {
+                    let tests = state == JobState::Testing;
+                    match &mut shard.state {
+                        State::Running { since, heard, testing, .. } if *testing != tests => {
+                            (*heard, *testing) = (now, tests);
+                            self.setup = self.setup.max(Some(now.saturating_sub(*since)));
+                        }
+                        State::Running { .. } => {}
+                        other => {
+                            *other = State::Running { since: now, heard: now, testing: tests, over: false };
+                            self.started += 1;
+                            if tests {
+                                self.setup = self.setup.max(Some(Duration::ZERO));
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        Ok(over)
+    }
+
+    /// Listens to those that were not heard for long; the ones that are silent.
+    fn listen<L: Lab>(
+        &mut self,
+        lab: &mut L,
+        shards: &mut Shards,
+    ) -> Result<Vec<(ShardId, String)>, Trouble> {
+        let (now, pause) = (lab.now(), interval(shards));
+        let ends = |shard: &super::shards::Shard| matches!(shard.state, State::Running { over: true, .. });
+        let settled = self.setup.map_or(STUCK, |longest| (longest * SLOWER).max(SETTLED));
+        // Evidence is waited for; but not long, when it is all that is waited for.
+        let evidence = if shards.open().all(|(_, shard)| ends(shard)) { SILENCE } else { STUCK };
+        let mut running: Vec<_> = shards
+            .open()
+            .filter_map(|(id, shard)| {
+                let State::Running { since, heard, testing, over } = shard.state else { return None };
+                let last = self.listened.get(&id).copied().unwrap_or(since);
+                // Whoever may be lost is listened to before it is.
+                let suspect = testing && !over && now.saturating_sub(heard) + pause > SILENCE;
+                Some((!suspect, last, id, shard.job.clone()?))
+            })
+            .collect();
+        running.sort();
+        let share = pause.as_secs_f64() / LISTEN_EVERY.as_secs_f64();
+        let most = (running.len() as f64 * share).ceil().max(4.0).min(MOST_LISTENED * pause.as_secs_f64());
+        running.truncate(most as usize);
+        let asked: Vec<_> = running.into_iter().map(|(_, _, id, job)| (id, job)).collect();
+        let answers = if asked.is_empty() { Vec::new() } else { lab.listen(&asked) };
+        let (mut silent, mut trouble) = (Vec::new(), Ok(()));
+        for ((id, job), answer) in asked.into_iter().zip(answers) {
+            let news = match answer {
+                Ok(news) => news,
+                Err(error) => {
+                    trouble = worse(trouble, error);
+                    continue;
+                }
+            };
+            self.listened.insert(id, now);
+            let shard = shards.get_mut(id);
+            shard.agent = news.agent.or(shard.agent.take());
+            let State::Running { heard, testing, over, .. } = &mut shard.state else { continue };
+            *over |= news.over;
+            if news.any {
+                *heard = now;
+            }
+            let limit = match (*testing, *over) {
+                (_, true) => evidence,
+                (true, false) => SILENCE,
+                (false, false) => settled,
+            };
+            if now.saturating_sub(*heard) > limit {
+                silent.push((id, job));
+            }
+        }
+        trouble.map(|()| silent)
+    }
+
+    /// Takes what came back, and closes the shards. `lost`: they did not end, and why.
+    fn collect<L: Lab>(
+        &mut self,
+        lab: &mut L,
+        shards: &mut Shards,
+        over: Vec<(ShardId, String)>,
+        lost: Option<&str>,
+    ) -> Result<(), Trouble> {
+        if over.is_empty() {
+            return Ok(());
+        }
+        let mut trouble = Ok(());
+        for ((id, _), harvest) in over.iter().zip(lab.collect(&over)) {
+            let harvest = match harvest {
+                Ok(harvest) => harvest,
+                Err(error) => {
+                    trouble = worse(trouble, error);
+                    continue;
+                }
+            };
+            for (scenario, finding) in harvest.findings {
+                if shards.accept(*id, scenario) {
+                    lab.keep(scenario, Verdict::Found(finding))?;
+                }
+            }
+            let shard = shards.get_mut(*id);
+            shard.agent = harvest.agent.or(shard.agent.take());
+            let end = match harvest.ended {
+                Some(Ended { hopeless: Some(why), .. }) => End::Hopeless(why),
+                Some(Ended { took, .. }) => {
+                    if let State::Running { since, .. } = shard.state {
+                        let cost = lab.now().saturating_sub(since).saturating_sub(took);
+                        self.overhead = (self.overhead * 7 + cost * 3) / 10;
+                    }
+                    End::Whole
+                }
+                None => End::Lost(lost.map_or(harvest.why, str::to_owned)),
+            };
+            if let End::Lost(why) = &end {
+                self.counted = None;
+                let by = shard.agent.as_deref().map(|agent| format!(" on {agent}")).unwrap_or_default();
+                lab.say(&format!("shard {id}{by} is lost: {why}; what it has not finished goes elsewhere"));
+            }
+            for GivenUp { scenario, reason } in shards.close(*id, &end) {
+                lab.keep(scenario, Verdict::Error(reason))?;
+            }
+        }
+        trouble
+    }
+}
+
+/// The pause between two rounds: the more there is to ask, the longer.
+fn interval(shards: &Shards) -> Duration {
+    Duration::from_secs(3) + Duration::from_millis(12) * shards.open().count().min(1500) as u32
+}
+
+fn hear_all(shards: &mut Shards, now: Duration) {
+    let open: Vec<_> = shards.open().map(|(id, _)| id).collect();
+    for id in open {
+        if let State::Running { heard, .. } = &mut shards.get_mut(id).state {
+            *heard = now;
+        }
+    }
+}
+
+/// One trouble is told of all: the one with which nothing goes on.
+fn worse(first: Result<(), Trouble>, second: Trouble) -> Result<(), Trouble> {
+    match first {
+        Ok(()) | Err(Trouble::Away(_)) => Err(second),
+        other => other,
+    }
+}
