@@ -313,6 +313,10 @@ fn jobs_stay_where_they_were_sent() {
         .is(1)
         .says("the jobs in job_outputs")
         .says("not at http://127.0.0.1:1");
+    // Where nothing was submitted there is nothing to stay with.
+    desk.write("machines.txt", "m-unknown\n");
+    desk.run(&["--output-dir", "none"]).is(1).says("no queue m-unknown");
+    desk.run(&["--output-dir", "none", "--server", "http://127.0.0.1:1"]).is(1).says("does not answer");
     // What a run was sent to counts more than what the environment says now.
     let mut elsewhere = desk;
     elsewhere.env = vec![("TESTFLINGER_SERVER", "http://127.0.0.1:1".into())];

@@ -96,7 +96,7 @@ pub(super) fn make(options: &Options) -> Result<Plan> {
     }
     let earlier =
         store.run()?.filter(|run| !options.send || (!options.new_run && is_open(run, &jobs, &wanted)));
-    let client = Client::for_user(&server(options, earlier.as_ref(), &store)?, options.login.clone());
+    let client = Client::for_user(&server(options, earlier.as_ref())?, options.login.clone());
     let is_resumed = earlier.is_some();
     let mut run = earlier.unwrap_or_else(|| RunFile::new(client.base(), Vec::new()));
     let is_part = |job: &Job| job.run == run.tag || (!options.send && job.run.is_empty());
@@ -136,29 +136,29 @@ fn machine(name: &str, job: Option<Job>, tag: &str, options: &Options) -> Machin
     machine
 }
 
-/// True when something of the run is left to do for a machine that is still wanted, or has a job.
+/// True when something of the run is left to do for a machine that is still wanted, or has a job. A run
+/// without any job is as good as none.
 fn is_open(run: &RunFile, jobs: &BTreeMap<String, Job>, wanted: &[String]) -> bool {
-    run.machines.iter().any(|name| match jobs.get(name) {
+    let has_jobs = jobs.values().any(|job| job.run == run.tag);
+    let is_left = run.machines.iter().any(|name| match jobs.get(name) {
         Some(job) if job.run == run.tag => job.ended.is_none() || job.retry,
         // Of another program, and taken into the run when it was looked at.
         Some(job) if job.run.is_empty() => false,
         _ => wanted.contains(name),
-    })
+    });
+    has_jobs && is_left
 }
 
 /// The server of a run that goes on is where its jobs are.
-fn server(options: &Options, run: Option<&RunFile>, store: &Store) -> Result<String> {
+fn server(options: &Options, run: Option<&RunFile>) -> Result<String> {
     let Some(run) = run else {
         return Ok(options.server.clone().unwrap_or_else(|| options.default_server.clone()));
     };
     if let Some(server) = &options.server {
         let base = Client::for_user(server, None).base().to_owned();
         if base != run.server {
-            let what = format!(
-                "the jobs in {} are at {}, not at {base}",
-                store.machine_dir("").display(),
-                run.server
-            );
+            let what =
+                format!("the jobs in {} are at {}, not at {base}", options.output_dir.display(), run.server);
             let fix =
                 format!("leave out `--server`, or give `--server {}` or another `--output-dir`", run.server);
             return Err(Fault::host(what).fix(fix).into());
