@@ -61,7 +61,7 @@ const SESSION_BUDGET: Variable = Variable {
 };
 
 /// All variables there are. Any other name that starts with one of [`PREFIXES`] is an error.
-pub const VARIABLES: [Variable; 15] = [
+pub const VARIABLES: [Variable; 14] = [
     SPAWN_TIMEOUT,
     LOGIN_TIMEOUT,
     LEDGER_PATH,
@@ -82,11 +82,6 @@ pub const VARIABLES: [Variable; 15] = [
         name: "SHAKEDOWN_IMAGE",
         default: "the project's default image",
         meaning: "a prebuilt image (ISO, raw, qcow2) to use instead of building one",
-    },
-    Variable {
-        name: "SHAKEDOWN_JOB",
-        default: "none",
-        meaning: "set by `shakedown agent`: the job that a process belongs to",
     },
     Variable {
         name: "SHAKEDOWN_MARKERS",

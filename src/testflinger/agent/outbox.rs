@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 /// Output that comes in drops is sent this often.
 const PACE: Duration = Duration::from_secs(1);
+/// Between two fragments, while nobody waits for them: the CPU is for the command that prints them.
+const BREATH: Duration = Duration::from_millis(20);
 /// A fragment is no larger. The server takes less than 16 MiB in one request.
 const LARGEST: usize = 512 << 10;
 /// Between two tries: from the first to the last.
@@ -254,6 +256,9 @@ impl Sender {
                     }
                     self.last_text = Some(Instant::now());
                     self.done(batch.end, Some(batch.log));
+                    if self.shared.lock().hurry == 0 {
+                        std::thread::sleep(BREATH);
+                    }
                 }
             }
         }
