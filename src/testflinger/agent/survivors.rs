@@ -5,6 +5,7 @@
 
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs;
+use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -26,10 +27,30 @@ pub(super) enum Mark {
     In(std::path::PathBuf, String),
 }
 
+/// What a process was given. While it starts another program there is nothing, for a moment; and a
+/// second read would find the end of what the first one began.
+fn environment(process: &Path) -> Option<Vec<u8>> {
+    let mut bytes = vec![0; 256 << 10];
+    for _ in 0..20 {
+        let size = fs::File::open(process.join("environ")).ok()?.read(&mut bytes).ok()?;
+        if size == bytes.len() {
+            bytes.resize(size * 4, 0);
+            continue;
+        }
+        // Neither the kernel's own processes nor the dead have a program.
+        if size > 0 || fs::read_link(process.join("exe")).is_err() {
+            bytes.truncate(size);
+            return Some(bytes);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    None
+}
+
 impl Mark {
     fn is_on(&self, process: &Path) -> bool {
         let has = |wanted: &dyn Fn(&[u8]) -> bool| {
-            fs::read(process.join("environ")).is_ok_and(|environ| environ.split(|b| *b == 0).any(wanted))
+            environment(process).is_some_and(|environ| environ.split(|b| *b == 0).any(wanted))
         };
         let value = |name: &str| format!("{name}=").into_bytes();
         match self {
@@ -104,6 +125,24 @@ mod tests {
     use super::*;
     use crate::process;
     use std::process::{Command, Stdio};
+
+    #[test]
+    fn who_starts_one_program_after_the_other_is_always_found() {
+        let mark = Mark::Phase(format!("exec-{}/test", std::process::id()));
+        let Mark::Phase(value) = &mark else { unreachable!() };
+        // Each shell becomes the next one.
+        let script = "[ $1 = 0 ] || exec /bin/sh -c \"$0\" \"$0\" $(($1 - 1)); read line";
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", script, script, "300"]).env(VARIABLE, value).stdin(Stdio::piped());
+        let mut child = process::spawn(command).expect("starts");
+        let (input, _, _) = child.pipes();
+        let last =
+            |pid: u32| fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.ends_with(b"\x000\0"));
+        while !last(child.id()) {
+            assert!(mark.is_alive(), "in the middle of starting a program");
+        }
+        drop(input);
+    }
 
     #[test]
     fn who_leaves_its_session_is_found_and_ended() {
