@@ -4,6 +4,7 @@
 //! with the figures is the harness's business.
 
 use super::files;
+use super::ledger::MOST_SECONDS;
 use super::metadata::{BootKind, Outcome};
 use anyhow::{Context, Result};
 use serde::Deserialize;
@@ -82,7 +83,7 @@ impl History {
             // A build is once for all; that a scenario was the one to wait for it is chance.
             let build = glance.timings.and_then(|timings| timings.build_seconds).unwrap_or_default();
             let seconds = glance.duration_seconds - build;
-            if seconds.is_finite() && seconds >= 0.0 {
+            if (0.0..=MOST_SECONDS).contains(&seconds) {
                 history.by_scenario.entry(glance.scenario).or_default().push(seconds);
                 history.by_boot.entry(glance.boot).or_default().push(seconds);
             }

@@ -23,6 +23,9 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+/// A year: nothing runs longer, and times are added up.
+pub(super) const MOST_SECONDS: f64 = 31_536_000.0;
+
 /// One line of the ledger.
 ///
 /// A line of the original project, which has no `schema_version`, is read as a record of version 0

@@ -4,6 +4,7 @@ use crate::host::{Lab, Manner, QUEUE};
 use rustix::process::{Pid, Signal, kill_process};
 use shakedown::record::{Outcome, ledger};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
 use Manner::{CannotProvision, DiesAfterOne, Holds, Lies, Works};
 
@@ -153,6 +154,26 @@ fn an_outage_of_the_server_is_waited_for() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("the server is away") && said.contains("the server is back"), "{said}");
     assert_eq!(lab.jobs().len(), 1, "nothing was lost");
+}
+
+#[test]
+fn a_job_is_never_sent_twice_although_nobody_answers() {
+    use crate::http::Fault;
+    let lab = Lab::new(&[Works]);
+    // The answer to its submission is lost, and so is the first answer to whether it is there.
+    let (submitted, looked) = (AtomicBool::new(false), AtomicBool::new(false));
+    lab.server.misbehave(move |request| {
+        if request.is("POST", "/v1/job") {
+            return (!submitted.swap(true, SeqCst)).then_some(Fault::Lose);
+        }
+        let id = request.path.strip_prefix("/v1/job/")?;
+        let look = request.method == "GET" && id.len() == 36;
+        (look && !looked.swap(true, SeqCst)).then_some(Fault::Status(503))
+    });
+    let ended = lab.run(&["passes", "--shards", "1"]);
+    assert_eq!((ended.code, lab.jobs().len()), (Some(0), 1), "{}", ended.err);
+    let submitted = |(request, _): &(crate::http::Request, u16)| request.is("POST", "/v1/job");
+    assert_eq!(lab.server.state().seen.iter().filter(|seen| submitted(seen)).count(), 1);
 }
 
 #[test]

@@ -230,3 +230,17 @@ fn a_login_is_used_and_its_token_renewed() {
     assert!(!ended.stderr.contains("sesame"));
     desk.check();
 }
+
+#[test]
+fn a_login_goes_to_no_server_that_only_a_file_names() {
+    let mut desk = Desk::new(&[("m1", &[passed()])]);
+    desk.run(&["--send-jobs"]).is(0);
+    desk.env = vec![
+        ("TESTFLINGER_SERVER", "http://127.0.0.1:9".into()),
+        ("TESTFLINGER_CLIENT_ID", "me".into()),
+        ("TESTFLINGER_SECRET_KEY", "sesame".into()),
+    ];
+    let before = desk.server.state().seen.len();
+    desk.run(&["--check-status"]).is(1).says("if that is to have your login");
+    assert_eq!(desk.server.state().seen.len(), before);
+}

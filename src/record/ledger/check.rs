@@ -1,7 +1,7 @@
 //! What is wrong with a ledger, line by line and field by field: the logic of `shakedown ledger check`.
 
 use super::legacy::{self, Legacy};
-use super::{Problem, Record, lines, parse};
+use super::{MOST_SECONDS, Problem, Record, lines, parse};
 use crate::record::metadata::{Outcome, SCHEMA_VERSION};
 use anyhow::Result;
 use serde::de::DeserializeOwned;
@@ -65,6 +65,7 @@ pub(super) fn contradictions(record: &Record) -> Vec<String> {
         (record.scenario.is_empty(), "field `scenario`: empty"),
         (record.attempt == 0, "field `attempt`: counts from 1"),
         (record.duration_seconds < 0.0, "field `duration_seconds`: negative"),
+        (record.duration_seconds > MOST_SECONDS, "field `duration_seconds`: more than a year"),
         (
             record.outcome != Outcome::Passed && record.reason.as_deref().unwrap_or_default().is_empty(),
             "field `reason`: missing, although the outcome is not `passed`",

@@ -28,6 +28,8 @@ use ureq::http::{Method, Request, Response, StatusCode, header};
 use ureq::tls::{RootCerts, TlsConfig, TlsProvider};
 use ureq::{Body, SendBody};
 
+/// A server that is away for longer does not come back for this run.
+pub(super) const OUTAGE: Duration = Duration::from_secs(3600);
 /// How long one request may take, unless its endpoint has a limit of its own.
 const USUAL: Duration = Duration::from_secs(30);
 /// For logs: they may be large.

@@ -6,8 +6,9 @@ use crate::record::ledger;
 use crate::record::{Record, files};
 use anyhow::{Context, Result, bail};
 use flate2::read::GzDecoder;
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{self, Read, Seek};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
@@ -24,6 +25,11 @@ const MOST_MEMBERS: usize = 100_000;
 const DEEPEST: usize = 12;
 /// A ledger line with the longest reason there is.
 const LONGEST_LINE: usize = 4 << 20;
+/// What is read into memory of its files, and what one that is read whole may have.
+const LARGEST_TEXT: u64 = 64 << 20;
+const LARGEST_JSON: u64 = 4 << 20;
+/// A member's name.
+const LONGEST_NAME: u64 = 64 << 10;
 /// How much of what a shard said last is kept, to explain its end.
 const LAST_WORDS: usize = 2000;
 
@@ -43,10 +49,9 @@ impl Log {
     /// Takes more of it.
     pub(super) fn hear(&mut self, text: &str) {
         self.partial.push_str(text);
-        while let Some(end) = self.partial.find('\n') {
-            let rest = self.partial.split_off(end + 1);
-            let line = std::mem::replace(&mut self.partial, rest);
-            self.line(line.trim_end());
+        let text = std::mem::take(&mut self.partial);
+        for line in text.split_inclusive('\n') {
+            if line.ends_with('\n') { self.line(line.trim_end()) } else { self.partial = line.to_owned() }
         }
         if self.partial.len() > LONGEST_LINE {
             self.partial.clear();
@@ -60,7 +65,8 @@ impl Log {
         } else if line.starts_with(ENDED) {
             self.is_over = true;
         } else if let Some(agent) = banner(line) {
-            self.agent = Some(agent.to_owned());
+            // The first is the agent's; a test may print what it likes.
+            self.agent.get_or_insert_with(|| agent.to_owned());
         } else if !line.starts_with("scenarios on record: ") {
             self.last_words.push_str(line);
             self.last_words.push('\n');
@@ -92,7 +98,8 @@ pub(super) struct Artifacts {
 ///
 /// # Errors
 /// When it is no archive, or too large; what had come before that is lost.
-pub(super) fn unpack(archive: impl Read, into: &Path) -> Result<Artifacts> {
+pub(super) fn unpack(mut archive: impl Read + Seek, into: &Path) -> Result<Artifacts> {
+    weigh(&mut archive)?;
     files::private_dir(into).with_context(|| files::cannot("make", into))?;
     let mut archive = Archive::new(GzDecoder::new(archive));
     let mut bytes = 0_u64;
@@ -107,6 +114,10 @@ pub(super) fn unpack(archive: impl Read, into: &Path) -> Result<Artifacts> {
         match entry.header().entry_type() {
             EntryType::Regular | EntryType::Continuous => {
                 let path = into.join(&name);
+                let is_read_whole = name.ends_with("metadata.json") || name.ends_with("record.json");
+                if is_read_whole && entry.size() > LARGEST_JSON {
+                    bail!("{} of the artifacts is too large", name.display());
+                }
                 make_parents(into, &name)?;
                 let mut options = File::options();
                 let file = options.write(true).create_new(true).mode(0o600).open(&path);
@@ -117,6 +128,28 @@ pub(super) fn unpack(archive: impl Read, into: &Path) -> Result<Artifacts> {
         }
     }
     Ok(read(into))
+}
+
+/// Refuses what would not fit before a reader of names takes it into memory; then begins again.
+fn weigh(archive: &mut (impl Read + Seek)) -> Result<()> {
+    let mut bytes = 0_u64;
+    let mut members = Archive::new(GzDecoder::new(&mut *archive));
+    let entries = members.entries().context("the artifacts are no archive")?.raw(true);
+    for (count, entry) in entries.enumerate() {
+        let entry = entry.context("the artifacts are no gzipped tar, or a part of one")?;
+        let kind = entry.header().entry_type();
+        let is_name = kind.is_gnu_longname()
+            || kind.is_gnu_longlink()
+            || kind.is_pax_local_extensions()
+            || kind.is_pax_global_extensions();
+        bytes = bytes.saturating_add(entry.size());
+        // A member may come with two names.
+        if bytes > MOST_BYTES || count >= 3 * MOST_MEMBERS || (is_name && entry.size() > LONGEST_NAME) {
+            bail!("the artifacts are too large");
+        }
+    }
+    drop(members);
+    archive.rewind().context("the artifacts cannot be read again")
 }
 
 /// The name of a member below what is ours; `None` for all else.
@@ -147,13 +180,20 @@ fn make_parents(into: &Path, name: &Path) -> Result<()> {
 }
 
 fn read(directory: &Path) -> Artifacts {
-    let text = |name: &str| fs::read(directory.join(name)).unwrap_or_default();
+    let text = |name: &str| {
+        let mut text = Vec::new();
+        let file = File::open(directory.join(name));
+        let _ = file.and_then(|file| file.take(LARGEST_TEXT).read_to_end(&mut text));
+        text
+    };
+    // Each has its own, or none.
+    let mut taken = HashSet::new();
     let records = text("notes/vm-run-ledger.jsonl")
         .split(|byte| *byte == b'\n')
         .filter(|line| line.len() <= LONGEST_LINE)
         .filter_map(|line| ledger::parse_line(line).ok())
         .map(|record| {
-            let evidence = evidence(directory, &record);
+            let evidence = evidence(directory, &record).filter(|path| taken.insert(path.clone()));
             (record, evidence)
         })
         .collect();
@@ -182,7 +222,8 @@ fn evidence(directory: &Path, record: &Record) -> Option<PathBuf> {
         return None;
     };
     let path = directory.join("notes").join(run).join(scenario);
-    path.join("record.json").is_file().then_some(path)
+    let whole = path.join("record.json").is_file() && !path.join("metadata.json").is_dir();
+    whole.then_some(path)
 }
 
 #[cfg(test)]
@@ -191,6 +232,7 @@ mod tests {
     use flate2::Compression;
     use flate2::write::GzEncoder;
     use proptest::prelude::*;
+    use std::fs;
     use tar::{Builder, Header};
 
     fn line(scenario: &str, outcome: &str) -> String {
@@ -224,7 +266,7 @@ mod tests {
 
     fn unpacked(members: &[(&str, EntryType, &str)]) -> (tempfile::TempDir, Result<Artifacts>) {
         let dir = tempfile::tempdir().expect("dir");
-        let artifacts = unpack(&archive(members)[..], &dir.path().join("in"));
+        let artifacts = unpack(io::Cursor::new(archive(members)), &dir.path().join("in"));
         (dir, artifacts)
     }
 
@@ -269,12 +311,55 @@ mod tests {
     }
 
     #[test]
+    fn a_name_of_megabytes_is_refused_before_it_is_read() {
+        let mut builder = Builder::new(GzEncoder::new(Vec::new(), Compression::fast()));
+        let mut header = Header::new_gnu();
+        header.set_entry_type(EntryType::GNULongName);
+        header.set_size(LONGEST_NAME + 1);
+        header.set_cksum();
+        builder.append(&header, io::repeat(b'x').take(LONGEST_NAME + 1)).expect("appends");
+        let bytes = builder.into_inner().expect("ends").finish().expect("ends");
+        let dir = tempfile::tempdir().expect("dir");
+        let error = unpack(io::Cursor::new(bytes), &dir.path().join("in")).expect_err("refused");
+        assert!(error.to_string().contains("too large"), "{error:#}");
+    }
+
+    #[test]
+    fn evidence_is_one_records_alone() {
+        let ledger = format!("{0}\n{0}\n", line("a", "passed"));
+        let (_dir, artifacts) = unpacked(&[
+            ("artifacts/shakedown/notes/vm-run-ledger.jsonl", FILE, &ledger),
+            ("artifacts/shakedown/notes/run/a/record.json", FILE, "{}"),
+        ]);
+        let found = artifacts.expect("unpacks").records;
+        assert_eq!(found.iter().map(|(_, place)| place.is_some()).collect::<Vec<_>>(), [true, false]);
+        let (_dir, artifacts) = unpacked(&[
+            ("artifacts/shakedown/notes/vm-run-ledger.jsonl", FILE, &line("a", "passed")),
+            ("artifacts/shakedown/notes/run/a/record.json", FILE, "{}"),
+            ("artifacts/shakedown/notes/run/a/metadata.json/x", FILE, "{}"),
+        ]);
+        assert_eq!(artifacts.expect("unpacks").records[0].1, None, "no file can be put there");
+    }
+
+    #[test]
+    fn a_log_of_many_lines_is_heard_in_pieces_and_no_test_is_the_agent() {
+        let mut log = Log::default();
+        log.hear("* Starting testflinger test phase on a1 *\n* Starting testflinger test ph");
+        log.hear("ase on a2 *\n");
+        log.hear(&"\n".repeat(4 << 20));
+        log.hear(&format!("{RECORD}{}\n", line("a", "passed").replace("1.0", "1.8e19")));
+        assert_eq!((log.agent.as_deref(), log.records.len()), (Some("a1"), 0), "nothing takes so long");
+        log.hear(&format!("{RECORD}{}\nlast", line("a", "passed")));
+        assert_eq!(log.records.len(), 1);
+    }
+
+    #[test]
     fn a_member_that_comes_twice_and_half_an_archive_are_errors() {
         let twice = ("artifacts/shakedown/x", FILE, "x");
         unpacked(&[twice, twice]).1.expect_err("refused");
         let dir = tempfile::tempdir().expect("dir");
         let whole = archive(&[twice]);
-        unpack(&whole[..whole.len() / 2], &dir.path().join("in")).expect_err("refused");
+        unpack(io::Cursor::new(&whole[..whole.len() / 2]), &dir.path().join("in")).expect_err("refused");
     }
 
     #[test]
@@ -316,7 +401,7 @@ mod tests {
         #[test]
         fn any_archive_is_survived(bytes in prop::collection::vec(any::<u8>(), 0..300), name in ".{0,60}") {
             let dir = tempfile::tempdir().expect("dir");
-            let _ = unpack(&bytes[..], &dir.path().join("in"));
+            let _ = unpack(io::Cursor::new(&bytes[..]), &dir.path().join("in"));
             if let Some(path) = wanted(name.as_bytes()) {
                 prop_assert!(path.components().all(|part| matches!(part, Component::Normal(_))));
             }

@@ -19,7 +19,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Component, Path, PathBuf};
 use tar::{Builder, Header};
 
-/// The only test data of a template that are not ours to say.
+/// The test data that a template cannot give, since they are ours to say.
 const OURS: [&str; 2] = ["test_cmds", "attachments"];
 /// The test binary among the attachments of the test phase.
 const BINARY: &str = "shakedown/scenarios";

@@ -184,8 +184,10 @@ impl<'a> ServerLab<'a> {
     fn collect_one(&self, shard: ShardId, job: &mut Job) -> Result<Harvest<Finding>, Trouble> {
         let name = self.incoming().join(shard.to_string());
         let artifacts = match self.fetch(&job.id, &name)? {
-            Some(archive) => harvest::unpack(archive, &name.with_extension("d")),
-            None => Ok(harvest::Artifacts::default()),
+            Ok(Some(archive)) => harvest::unpack(archive, &name.with_extension("d")),
+            Ok(None) => Ok(harvest::Artifacts::default()),
+            // It is as if there were none: what was heard still counts.
+            Err(why) => Err(anyhow::anyhow!("its artifacts cannot be had: {why}")),
         };
         let (artifacts, spoilt) = match artifacts {
             Ok(artifacts) => (artifacts, None),
@@ -204,7 +206,8 @@ impl<'a> ServerLab<'a> {
         Ok(Harvest { findings: findings.into_iter().collect(), ended: artifacts.ended, agent, why })
     }
 
-    fn fetch(&self, job: &str, name: &std::path::Path) -> Result<Option<File>, Trouble> {
+    /// The artifacts of a job, if it has any, or why they cannot be had.
+    fn fetch(&self, job: &str, name: &std::path::Path) -> Result<Result<Option<File>, String>, Trouble> {
         let open = || -> Result<File> {
             let path = name.with_extension("tar.gz");
             files::remove(&path)?;
@@ -219,19 +222,20 @@ impl<'a> ServerLab<'a> {
         match self.client.fetch_artifacts(job, &mut file, LARGEST_ARTIFACTS) {
             Ok(true) => {
                 let rewound = std::io::Seek::rewind(&mut file).context(Fault::host("cannot read artifacts"));
-                rewound.map(|()| Some(file)).map_err(Trouble::Fatal)
+                rewound.map(|()| Ok(Some(file))).map_err(Trouble::Fatal)
             }
-            Ok(false) => Ok(None),
-            Err(error) if error.is_passing() => Err(trouble(error)),
-            // It is as if there were none: what was heard still counts.
-            Err(_) => Ok(None),
+            Ok(false) => Ok(Ok(None)),
+            Err(error) => trouble_of_one(error).map(Err),
         }
     }
 
     /// Why a job ended without having run its scenarios to their end.
     fn why(&self, job: &Job) -> Result<String, Trouble> {
-        let result = self.client.result(&job.id, 0).map_err(trouble)?;
-        let Some(result) = result else { return Ok("the server forgot its job".into()) };
+        let result = match self.client.result(&job.id, 0) {
+            Ok(Some(result)) => result,
+            Ok(None) => return Ok("the server forgot its job".into()),
+            Err(error) => return trouble_of_one(error),
+        };
         let failed = result.phases.iter().find_map(|(phase, result)| {
             let status = result.status.filter(|status| *status != 0)?;
             Some(format!("its {phase} phase ended with status {status}"))
@@ -255,7 +259,11 @@ impl<'a> ServerLab<'a> {
 /// When there is no such queue, no agent that works, or no answer.
 pub fn check_queue(client: &Client, queue: &str) -> Result<()> {
     let agents =
-        client.agents_of(queue).with_context(|| Fault::host("cannot ask the server for its agents"))?;
+        client.agents_of(queue).with_context(|| {
+            Fault::host("cannot ask the server for its agents").fix(
+                "check --server or TESTFLINGER_SERVER, and TESTFLINGER_CLIENT_ID and TESTFLINGER_SECRET_KEY where it wants a login",
+            )
+        })?;
     let fault = match agents.as_deref() {
         None => Fault::host(format!("the server knows no queue `{queue}`"))
             .fix("correct the name, or start an agent for it"),
@@ -274,8 +282,13 @@ fn works(agent: &wire::AgentData) -> bool {
 }
 
 /// Hears what is new in a job's log; whether there is anything.
+///
+/// A log that cannot be read is a silent one.
 fn listen(client: &Client, job: &mut Job) -> Result<bool, Trouble> {
-    let parts = client.log(&job.id, wire::Log::Output, job.fragment).map_err(trouble)?;
+    let parts = match client.log(&job.id, wire::Log::Output, job.fragment) {
+        Ok(parts) => parts,
+        Err(error) => return trouble_of_one(error).map(|_| false),
+    };
     let mut next = job.fragment;
     for phase in Phase::ALL {
         let Some(part) = parts.get(&phase) else { continue };
@@ -288,6 +301,15 @@ fn listen(client: &Client, job: &mut Job) -> Result<bool, Trouble> {
     let any = next > job.fragment;
     job.fragment = next;
     Ok(any)
+}
+
+/// What is wrong with one job is no trouble of the others; what is wrong with us or the server is.
+fn trouble_of_one(error: Error) -> Result<String, Trouble> {
+    if error.is_passing() || matches!(error.status(), Some(401 | 403)) || matches!(error, Error::Here { .. })
+    {
+        return Err(trouble(error));
+    }
+    Ok(format!("{:#}", anyhow::Error::new(error)))
 }
 
 fn trouble(error: Error) -> Trouble {
@@ -347,7 +369,12 @@ impl Lab for ServerLab<'_> {
             if process::interrupted() {
                 return (tried, Err(Trouble::Interrupted));
             }
-            let sent = if tried && self.client.job(&id).is_ok_and(|job| job.is_some()) {
+            // A server takes one id twice: only one that says that it has none is sent it again.
+            let there = match if tried { self.client.job(&id) } else { Ok(None) } {
+                Ok(job) => job.is_some(),
+                Err(error) => return (true, Err(trouble(error))),
+            };
+            let sent = if there {
                 Ok(())
             } else {
                 match self.client.submit(&job) {
@@ -442,7 +469,12 @@ impl Lab for ServerLab<'_> {
         };
         let row = match verdict {
             Verdict::Found(Finding { record, evidence, agent }) => {
-                self.run.adopt(record, evidence.as_deref()).map(|record| Row {
+                // Evidence that cannot be had is not worth the verdict.
+                let adopted = match self.run.adopt(record.clone(), evidence.as_deref()) {
+                    Err(_) if evidence.is_some() => self.run.adopt(record, None),
+                    adopted => adopted,
+                };
+                adopted.map(|record| Row {
                     outcome: record.outcome,
                     seconds: record.duration_seconds,
                     host: agent.unwrap_or(record.host.hostname),

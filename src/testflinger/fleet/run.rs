@@ -5,6 +5,7 @@
 
 use super::shards::{End, GivenUp, Shard, ShardId, Shards, State};
 use super::split::{Index, Sizes};
+use crate::testflinger::client::OUTAGE;
 use std::collections::{BTreeSet, HashMap};
 use std::time::Duration;
 
@@ -181,9 +182,9 @@ pub fn run<L: Lab>(lab: &mut L, shards: &mut Shards, most: Option<usize>) -> Res
         setup: None,
         listened: HashMap::new(),
         started: 0,
-        away: false,
+        away: None,
     };
-    let result = fleet.until_done(lab, shards);
+    let mut result = fleet.until_done(lab, shards);
     let open: Vec<_> = shards.open().filter_map(|(id, shard)| Some((id, shard.job.clone()?))).collect();
     if !open.is_empty() {
         lab.cancel(&open.iter().map(|(_, job)| job.clone()).collect::<Vec<_>>());
@@ -191,11 +192,12 @@ pub fn run<L: Lab>(lab: &mut L, shards: &mut Shards, most: Option<usize>) -> Res
     for (id, _) in open {
         for (scenario, finding) in lab.heard(id) {
             if shards.accept(id, scenario) {
-                lab.keep(scenario, Verdict::Found(finding))?;
+                result = result.and(lab.keep(scenario, Verdict::Found(finding)));
             }
         }
         shards.close(id, &End::Dropped);
     }
+    // Each gets its verdict, also when one cannot be written.
     for scenario in shards.unfinished() {
         shards.finish(scenario);
         let verdict = match &result {
@@ -203,7 +205,8 @@ pub fn run<L: Lab>(lab: &mut L, shards: &mut Shards, most: Option<usize>) -> Res
             Err(Trouble::Fatal(error)) => Verdict::Error(format!("the run ended early: {error:#}")),
             _ => Verdict::Error("the run ended without it".into()),
         };
-        lab.keep(scenario, verdict)?;
+        let kept = lab.keep(scenario, verdict);
+        result = result.and(kept);
     }
     lab.round(shards);
     result
@@ -221,7 +224,8 @@ struct Fleet {
     listened: HashMap<ShardId, Duration>,
     /// How many shards found a host since the last round.
     started: usize,
-    away: bool,
+    /// Since when the server has not been heard of.
+    away: Option<Duration>,
 }
 
 impl Fleet {
@@ -231,22 +235,30 @@ impl Fleet {
         while !shards.all_done() {
             let before = (shards.owed(), shards.all().len());
             match self.round(lab, shards, whole) {
-                Ok(()) if self.away => {
-                    self.away = false;
+                Ok(()) if self.away.is_some() => {
+                    self.away = None;
                     lab.say("the server is back");
                     // Nobody could be heard.
                     last_sign = lab.now();
                     hear_all(shards, lab.now());
                 }
                 Err(Trouble::Away(why)) => {
-                    if !std::mem::replace(&mut self.away, true) {
+                    let now = lab.now();
+                    let since = *self.away.get_or_insert_with(|| {
                         lab.say(&format!("the server is away, waiting for it: {why}"));
+                        now
+                    });
+                    if now.saturating_sub(since) > OUTAGE {
+                        let outage = crate::deadline::human(OUTAGE);
+                        return Err(Trouble::Fatal(anyhow::anyhow!(
+                            "the server has been away for {outage}: {why}"
+                        )));
                     }
                 }
                 other => other?,
             }
             let runs = shards.open().any(|(_, shard)| matches!(shard.state, State::Running { .. }));
-            if runs || self.away || before != (shards.owed(), shards.all().len()) {
+            if runs || self.away.is_some() || before != (shards.owed(), shards.all().len()) {
                 last_sign = lab.now();
             }
             if lab.now().saturating_sub(last_sign) > PATIENCE {

@@ -164,6 +164,13 @@ fn server(options: &Options, run: Option<&RunFile>) -> Result<String> {
             return Err(Fault::host(what).fix(fix).into());
         }
     }
+    let usual = Client::for_user(&options.default_server, None).base().to_owned();
+    if options.login.is_some() && options.server.is_none() && run.server != usual {
+        // A file is not who we give a secret to.
+        let what = format!("the jobs in {} are at {}", options.output_dir.display(), run.server);
+        let fix = format!("give `--server {}` if that is to have your login", run.server);
+        return Err(Fault::host(what).fix(fix).into());
+    }
     Ok(run.server.clone())
 }
 

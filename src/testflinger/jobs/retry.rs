@@ -1,12 +1,11 @@
 //! When something that failed is tried again, and when no more.
 
+use crate::testflinger::client::OUTAGE;
 use std::time::{Duration, Instant};
 
 /// The first wait; each one is twice the one before.
 const FIRST: Duration = Duration::from_millis(500);
 const LONGEST: Duration = Duration::from_secs(60);
-/// A server that is away for longer does not come back for this run.
-const OUTAGE: Duration = Duration::from_secs(3600);
 /// Whoever was never heard of is probably a typo.
 const FIRST_CONTACT: Duration = Duration::from_secs(5);
 

@@ -74,11 +74,12 @@ impl Shop {
             tags.push(job.run.clone().into());
         }
         match self.client.submit(body) {
-            Ok(id) => {
-                // A server that chooses ids itself.
+            // A server that chooses ids itself.
+            Ok(id) if uuid::Uuid::try_parse(&id).is_ok() => {
                 job.job_id = id;
                 Ok(())
             }
+            Ok(_) => Err(Trouble::lasting(Fault::host("the server gave the job an id that is no UUID"))),
             Err(error) if error.is_ambiguous() || error.is_passing() => Err(Trouble::Passing(error.into())),
             Err(error) => {
                 self.store.forget(job).map_err(Trouble::Here)?;
