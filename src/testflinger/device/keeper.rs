@@ -115,6 +115,11 @@ impl Site {
         let scratch = Scratch::under(&self.cache.join("machines"))?;
         let key = KeyPair::load_or_create(&self.cache.join("keys"))?;
         let ssh_agent = SshAgent::start(scratch.path(), &key)?;
+        if ssh_agent.is_none() {
+            let why =
+                "no SSH_AUTH_SOCK: it takes ssh-agent, ssh-add and setpriv, and a short path of the cache";
+            tell(&Word::Note(why.into()))?;
+        }
         let errand = Errand { name: "device", needs, timeout: LIFE };
         let kept = errand.run(environment, settings, Events::to(Herald), |vm| {
             let socket = ssh_agent.as_ref().map(|agent| agent.socket.clone());
@@ -124,7 +129,7 @@ impl Site {
             machine.died = stay(vm, &self.rundir)?;
             machine.save(&self.cache, &self.agent)
         });
-        if choice.is_own() { kept.context(OwnImage) } else { kept }
+        if choice.is_own(self.config.image.as_deref()) { kept.context(OwnImage) } else { kept }
     }
 
     /// The machine that the job asks for, and where its image comes from.
