@@ -20,6 +20,8 @@ pub(crate) enum Manner {
     Works,
     /// Runs it, and dies when the first scenario is on record: nothing comes back but what was said.
     DiesAfterOne,
+    /// Has none of the libraries that the test binary needs.
+    CannotStart,
     /// Never gets as far as a test.
     CannotProvision,
     /// Runs it, and brings back what is none of its business.
@@ -222,6 +224,11 @@ impl Host {
             std::fs::create_dir_all(path.parent().expect("a parent")).expect("makes");
             std::fs::write(&path, content).expect("writes");
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).expect("sets");
+        }
+        if self.manner == Manner::CannotStart {
+            let binary = rundir.join("attachments/test/shakedown/scenarios");
+            let loader = "#!/bin/sh\necho \"$0: version GLIBC_9.9 not found\" >&2\nexit 127\n";
+            std::fs::write(binary, loader).expect("writes");
         }
         let script = job.data["test_data"]["test_cmds"].as_str().expect("a script");
         let mut shell = Command::new("sh");

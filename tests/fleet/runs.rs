@@ -6,7 +6,7 @@ use shakedown::record::{Outcome, ledger};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
-use Manner::{CannotProvision, DiesAfterOne, Holds, Lies, Works};
+use Manner::{CannotProvision, CannotStart, DiesAfterOne, Holds, Lies, Works};
 
 const PASSES: [(&str, &str); 2] = [("group::passes_slowly", "passed"), ("passes", "passed")];
 
@@ -98,6 +98,16 @@ fn a_host_that_cannot_provision_gets_no_second_shard() {
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(said.contains("shard 0 on host0 is lost: its provision phase ended with status 1"), "{said}");
     assert_eq!(lab.jobs()[1].state, "cancelled");
+}
+
+#[test]
+fn a_host_on_which_nothing_starts_gets_no_second_shard_and_says_why() {
+    let lab = Lab::new(&[CannotStart]);
+    let ended = lab.run(&["passes", "--shards", "1"]);
+    assert_eq!(ended.code, Some(1), "{}", ended.err);
+    assert!(ended.err.contains("shard 0 on host0 is lost: its test binary ran none"), "{}", ended.err);
+    assert!(ended.reason("passes").contains("exit status 127"), "{}", ended.reason("passes"));
+    assert!(ended.reason("passes").contains("GLIBC_9.9 not found"), "{}", ended.reason("passes"));
 }
 
 #[test]

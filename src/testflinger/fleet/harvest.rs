@@ -210,7 +210,10 @@ fn ended(text: &[u8], output: &[u8]) -> Option<Ended> {
         let output = &output[output.len().saturating_sub(LAST_WORDS)..];
         format!("the test binary refused to run on its host: {}", String::from_utf8_lossy(output).trim())
     });
-    Some(Ended { hopeless, took: Duration::from_secs(took.into()) })
+    let last = String::from_utf8_lossy(&output[output.len().saturating_sub(LAST_WORDS)..]).into_owned();
+    let last = crate::fault::visible(last.trim_end().lines().last().unwrap_or_default());
+    let how = format!("exit status {status}: {last}");
+    Some(Ended { hopeless, how, took: Duration::from_secs(took.into()) })
 }
 
 /// Where the evidence of a record is now: its path there ends in `notes/RUN/SCENARIO/metadata.json`.
@@ -284,7 +287,8 @@ mod tests {
             ("artifacts/other/thing", FILE, "x"),
         ]);
         let artifacts = artifacts.expect("unpacks");
-        assert_eq!(artifacts.ended, Some(Ended { hopeless: None, took: Duration::from_secs(12) }));
+        let how = "exit status 101: ".to_owned();
+        assert_eq!(artifacts.ended, Some(Ended { hopeless: None, how, took: Duration::from_secs(12) }));
         let found: Vec<_> = artifacts
             .records
             .iter()

@@ -85,6 +85,8 @@ pub struct Harvest<F> {
 pub struct Ended {
     /// Why it could run nowhere; `None` when it ran.
     pub hopeless: Option<String>,
+    /// The exit status of the test binary, and the last line that it printed.
+    pub how: String,
     /// What its scenarios took.
     pub took: Duration,
 }
@@ -438,6 +440,7 @@ impl Fleet {
                     continue;
                 }
             };
+            let ran_nothing = harvest.findings.is_empty();
             for (scenario, finding) in harvest.findings {
                 if shards.accept(*id, scenario) {
                     lab.keep(scenario, Verdict::Found(finding))?;
@@ -447,6 +450,10 @@ impl Fleet {
             shard.agent = harvest.agent.or(shard.agent.take());
             let end = match harvest.ended {
                 Some(Ended { hopeless: Some(why), .. }) => End::Hopeless(why),
+                // Not the scenarios' fault: another C library, another processor.
+                Some(Ended { how, .. }) if ran_nothing => {
+                    End::Lost(format!("its test binary ran none of its scenarios: {how}"))
+                }
                 Some(Ended { took, .. }) => {
                     if let State::Running { since, .. } = shard.state {
                         let cost = lab.now().saturating_sub(since).saturating_sub(took);

@@ -432,6 +432,7 @@ impl Lab for SimulatedLab {
                 findings,
                 ended: ended.map(|run| Ended {
                     hopeless: None,
+                    how: String::new(),
                     took: Duration::from_secs_f64(run.over - FINISH - run.test_from),
                 }),
                 agent: job.run.as_ref().map(|run| name(run.host)),
