@@ -37,13 +37,9 @@ pub(super) enum Choice {
 }
 
 impl Choice {
-    /// Whether it is this job's choice, which others need not make: anything but the device's own image.
-    pub(super) fn is_own(&self, image: Option<&str>) -> bool {
-        match self {
-            Self::Default => false,
-            Self::Named(name) => image != Some(name),
-            Self::File(_) | Self::Attached(_) => true,
-        }
+    /// Whether other jobs have nothing to do with it.
+    pub(super) fn is_own(&self) -> bool {
+        matches!(self, Self::File(_) | Self::Attached(_))
     }
 }
 
