@@ -6,7 +6,7 @@ use super::table::{Cell, Table};
 use super::terminal::{self, Colour, Paint};
 use super::{INTERRUPTED, Verdict};
 use anyhow::{Context, Result, ensure};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::{Map, Value, json};
 use shakedown::deadline::Deadline;
 use shakedown::fault::{Fault, visible};
@@ -272,15 +272,7 @@ struct Show {
 
 impl Show {
     fn new(all: usize) -> Self {
-        let bar = terminal::interactive().then(|| {
-            let bar = ProgressBar::new_spinner();
-            if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed:>4} {wide_msg}") {
-                bar.set_style(style);
-            }
-            bar.enable_steady_tick(Duration::from_millis(100));
-            bar
-        });
-        Self { bar, paint: Paint::of(&io::stderr()), all }
+        Self { bar: super::progress::spinner(), paint: Paint::of(&io::stderr()), all }
     }
 
     fn notice(&self, notice: &Notice<'_>) {

@@ -18,6 +18,18 @@ struct Inner {
     last: Mutex<String>,
 }
 
+/// A line that moves on standard error, when that is a terminal.
+pub(super) fn spinner() -> Option<ProgressBar> {
+    terminal::interactive().then(|| {
+        let bar = ProgressBar::new_spinner();
+        if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed:>4} {wide_msg}") {
+            bar.set_style(style);
+        }
+        bar.enable_steady_tick(Duration::from_millis(100));
+        bar
+    })
+}
+
 impl Progress {
     /// Moves on standard error when that is a terminal.
     pub(super) fn new() -> Self {
@@ -31,14 +43,7 @@ impl Progress {
     }
 
     fn with(brief: bool) -> Self {
-        let bar = terminal::interactive().then(|| {
-            let bar = ProgressBar::new_spinner();
-            if let Ok(style) = ProgressStyle::with_template("{spinner} {elapsed:>4} {wide_msg}") {
-                bar.set_style(style);
-            }
-            bar.enable_steady_tick(Duration::from_millis(100));
-            bar
-        });
+        let bar = spinner();
         Self(Arc::new(Inner { bar, brief, last: Mutex::new(String::new()) }))
     }
 

@@ -212,6 +212,13 @@ pub struct AgentData {
     pub restricted_to: BTreeMap<String, Vec<String>>,
 }
 
+impl AgentData {
+    /// Whether it takes jobs, as far as the server knows.
+    pub fn works(&self) -> bool {
+        !matches!(self.state.as_str(), "offline" | "maintenance")
+    }
+}
+
 /// What an agent tells of itself; what is `None` stays as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AgentUpdate {

@@ -268,17 +268,13 @@ pub fn check_queue(client: &Client, queue: &str) -> Result<()> {
         None => Fault::host(format!("the server knows no queue `{queue}`"))
             .fix("correct the name, or start an agent for it"),
         Some([]) => Fault::host(format!("no agent takes jobs from the queue `{queue}`")).fix("start one"),
-        Some(agents) if !agents.iter().any(works) => {
+        Some(agents) if !agents.iter().any(wire::AgentData::works) => {
             Fault::host(format!("all agents of the queue `{queue}` are offline: {}", agents.len()))
                 .fix("set one of them online")
         }
         Some(_) => return Ok(()),
     };
     Err(fault.into())
-}
-
-fn works(agent: &wire::AgentData) -> bool {
-    !matches!(agent.state.as_str(), "offline" | "maintenance")
 }
 
 /// Hears what is new in a job's log; whether there is anything.
@@ -338,7 +334,7 @@ impl Lab for ServerLab<'_> {
 
     fn hosts(&mut self, without: &BTreeSet<String>) -> Result<usize, Trouble> {
         let agents = self.client.agents_of(&self.common.queue).map_err(trouble)?.unwrap_or_default();
-        let working: Vec<_> = agents.iter().filter(|agent| works(agent)).collect();
+        let working: Vec<_> = agents.iter().filter(|agent| agent.works()).collect();
         let trusted = working.iter().filter(|agent| !without.contains(&agent.name)).count();
         self.needs_all = trusted == 0;
         Ok(if self.needs_all { working.len() } else { trusted })

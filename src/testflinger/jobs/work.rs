@@ -98,8 +98,7 @@ impl Shop {
         };
         let excluded = job.get("exclude_agents").and_then(Value::as_array);
         let is_excluded = |name: &str| excluded.is_some_and(|list| list.iter().any(|other| other == name));
-        let serves = |state: &str| state != "offline" && state != "maintenance";
-        if self.wait_for_agents || agents.iter().any(|a| serves(&a.state) && !is_excluded(&a.name)) {
+        if self.wait_for_agents || agents.iter().any(|a| a.works() && !is_excluded(&a.name)) {
             return Ok(());
         }
         let fault = Fault::host(format!("no agent of the queue {queue} is online"));
