@@ -7,6 +7,8 @@
     "console=tty0"
     "console=ttyS0,115200"
     "panic=-1"
+    # An emulator translates a program anew for each address that it is loaded to.
+    "norandmaps"
   ];
   services.getty.autologinUser = "root";
   users.users.root.initialHashedPassword = "";
