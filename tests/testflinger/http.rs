@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
     pub(crate) method: String,
+    /// As it came, with the query.
+    pub(crate) target: String,
     /// Without the query.
     pub(crate) path: String,
     pub(crate) query: Vec<(String, String)>,
@@ -46,16 +48,18 @@ pub(crate) enum Fault {
 
 pub(crate) struct Answer {
     pub(crate) status: u16,
+    pub(crate) headers: Vec<(String, String)>,
     pub(crate) body: Vec<u8>,
 }
 
 impl Answer {
     pub(crate) fn json(status: u16, value: &Value) -> Self {
-        Self { status, body: value.to_string().into_bytes() }
+        let headers = vec![("Content-Type".into(), "application/json".into())];
+        Self { status, headers, body: value.to_string().into_bytes() }
     }
 
     pub(crate) fn text(status: u16, text: &str) -> Self {
-        Self { status, body: text.as_bytes().to_vec() }
+        Self { status, headers: Vec::new(), body: text.as_bytes().to_vec() }
     }
 }
 
@@ -137,6 +141,9 @@ impl Http {
                 (_, Some(answer)) => answer,
             };
             let mut head = format!("HTTP/1.1 {} X\r\n", answer.status);
+            for (name, value) in &answer.headers {
+                head.push_str(&format!("{name}: {value}\r\n"));
+            }
             if answer.status != 204 {
                 head.push_str(&format!("Content-Length: {}\r\n", answer.body.len()));
             }
@@ -176,7 +183,8 @@ fn read_request(reader: &mut BufReader<TcpStream>) -> Option<Request> {
         (decoded(name), decoded(value))
     };
     let query = query.split('&').filter(|pair| !pair.is_empty()).map(pair).collect();
-    Some(Request { method, path: path.to_owned(), query, headers, body, json })
+    let path = path.to_owned();
+    Some(Request { method, target, path, query, headers, body, json })
 }
 
 fn decoded(text: &str) -> String {
