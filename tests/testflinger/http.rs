@@ -4,6 +4,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -69,8 +70,10 @@ pub(crate) type Act = dyn Fn(&Request) -> (Option<Answer>, Option<Fault>) + Send
 #[derive(Clone)]
 pub(crate) struct Http {
     pub(crate) address: SocketAddr,
-    /// `None` while it is down.
-    connections: Arc<Mutex<Option<Vec<TcpStream>>>>,
+    /// By the port of their other end; `None` while it is down.
+    connections: Arc<Mutex<Option<BTreeMap<u16, TcpStream>>>>,
+    /// How many there were.
+    connected: Arc<AtomicUsize>,
     act: Arc<Act>,
 }
 
@@ -78,33 +81,43 @@ impl Http {
     pub(crate) fn start(act: Arc<Act>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
         let address = listener.local_addr().expect("an address");
-        let server = Self { address, connections: Arc::default(), act };
+        let server = Self { address, connections: Arc::default(), connected: Arc::default(), act };
         server.listen(listener);
         server
     }
 
-    fn connections(&self) -> MutexGuard<'_, Option<Vec<TcpStream>>> {
+    fn connections(&self) -> MutexGuard<'_, Option<BTreeMap<u16, TcpStream>>> {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn listen(&self, listener: TcpListener) {
-        *self.connections() = Some(Vec::new());
+        *self.connections() = Some(BTreeMap::new());
         let server = self.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
+                let port = stream.peer_addr().map_or(0, |peer| peer.port());
                 match server.connections().as_mut() {
-                    Some(connections) => connections.push(stream.try_clone().expect("clones")),
+                    Some(connections) => connections.insert(port, stream.try_clone().expect("clones")),
                     None => return,
-                }
+                };
+                server.connected.fetch_add(1, Ordering::SeqCst);
                 let server = server.clone();
-                std::thread::spawn(move || server.converse(stream));
+                std::thread::spawn(move || {
+                    server.converse(stream);
+                    server.connections().as_mut().and_then(|connections| connections.remove(&port));
+                });
             }
         });
     }
 
+    /// How many connections there were.
+    pub(crate) fn connected(&self) -> usize {
+        self.connected.load(Ordering::SeqCst)
+    }
+
     /// Kills it: connections break, new ones are refused.
     pub(crate) fn down(&self) {
-        for connection in self.connections().take().into_iter().flatten() {
+        for connection in self.connections().take().unwrap_or_default().values() {
             let _ = connection.shutdown(Shutdown::Both);
         }
         // Each one wakes the thread that accepts, which ends then.
