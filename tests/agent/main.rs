@@ -8,4 +8,5 @@ mod duty;
 mod faults;
 mod jobs;
 mod results;
+mod tokens;
 mod traces;
