@@ -4,6 +4,7 @@ mod server;
 mod support;
 
 mod device;
+mod disk;
 mod duty;
 mod faults;
 mod jobs;

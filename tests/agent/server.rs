@@ -427,8 +427,11 @@ impl State {
         let answer = |status, message: &str| {
             Some(Answer::json(&json!({"detail": {}, "message": message})).with(status))
         };
+        let is_contributors = seen.method == "GET" && path.contains("/log/");
         match bearer {
-            Some(bearer) if tokens.iter().any(|token| token == bearer) => None,
+            Some(bearer) if tokens.iter().any(|token| token == bearer) => {
+                is_contributors.then(|| answer(403, "Specified action requires role: contributor"))?
+            }
             Some(_) => answer(401, "Token has expired"),
             None if seen.method == "GET" && path != "/v1/job" => None,
             None => answer(403, "Specified action requires role: agent"),

@@ -154,25 +154,43 @@ impl Outbox {
         self.shared.lock().admin.take()
     }
 
-    /// Ends: waits until all is delivered, but no longer than `patience` for a server that is not
-    /// there. True when all is delivered.
-    pub(super) fn finish(mut self, patience: Duration) -> bool {
+    /// Waits until all is delivered or on disk. A server that is not there is waited for as long as
+    /// `patience`, and longer while there is no room on the disk either.
+    pub(super) fn secure(&self, patience: Duration) {
         let begun = Instant::now();
+        let mut state = self.shared.lock();
+        state.hurry += 1;
+        self.shared.news.notify_all();
+        while !state.idle && !state.abandoned {
+            if state.outage && begun.elapsed() >= patience && state.spool.flush() {
+                break;
+            }
+            state = self.shared.wait(state, Duration::from_millis(100));
+        }
+        state.hurry -= 1;
+    }
+
+    /// Ends: waits until all is delivered, but not for a server that is not there. True when all is
+    /// delivered.
+    pub(super) fn finish(mut self) -> bool {
         let mut state = self.shared.lock();
         state.closed = true;
         state.watched = false;
         state.hurry += 1;
         self.shared.news.notify_all();
-        while !state.idle && !state.abandoned {
-            if state.outage && begun.elapsed() >= patience {
-                break;
-            }
-            state = self.shared.wait(state, Duration::from_millis(100));
+        while !state.idle && !state.abandoned && !state.outage {
+            state = self.shared.wait(state, Duration::from_secs(60));
         }
         state.abandoned = true;
         let delivered = state.idle;
         drop(state);
         self.join();
+        if delivered {
+            // The end of a job may need the room.
+            let spool = &mut self.shared.lock().spool;
+            spool.cut();
+            spool.save();
+        }
         delivered
     }
 
@@ -314,7 +332,7 @@ impl Sender {
         {
             return Ok(None);
         }
-        let Some((record, mut end)) = state.spool.next(start)? else { return Ok(None) };
+        let Some((record, mut end)) = state.spool.next()? else { return Ok(None) };
         let (log, phase, at, mut text) = match record {
             Record::Post(post) => return Ok(Some(Work::Post(post, end))),
             Record::Text { log, phase, at, text, .. } => (log, phase, at, text),
@@ -344,8 +362,8 @@ impl Sender {
 
     fn done(&mut self, end: u64, log: Option<Log>) {
         let mut state = self.shared.lock();
+        state.spool.delivered(end);
         let cursor: &mut Cursor = &mut state.spool.cursor;
-        cursor.start = end;
         cursor.sending = None;
         if let Some(log) = log {
             *cursor.number(log) += 1;
@@ -459,18 +477,29 @@ impl Sender {
     fn deliver_text(&mut self, batch: &Batch, number: u64) -> Result<(), Error> {
         let Line { client, job, .. } = &self.line;
         // The server would store it twice.
-        if self.ambiguous && client.last_fragment(job.id(), batch.log, number)?.is_some() {
-            return Ok(());
+        if !self.ambiguous || !self.has_arrived(batch)? {
+            let fragment = Fragment {
+                fragment_number: number,
+                timestamp: &batch.at,
+                phase: batch.phase,
+                log_data: &batch.text,
+            };
+            let outcome = client.post_fragment(job.id(), batch.log, &fragment);
+            self.ambiguous = outcome.as_ref().is_err_and(Error::is_ambiguous);
+            outcome?;
         }
-        let fragment = Fragment {
-            fragment_number: number,
-            timestamp: &batch.at,
-            phase: batch.phase,
-            log_data: &batch.text,
-        };
-        let outcome = client.post_fragment(job.id(), batch.log, &fragment);
-        self.ambiguous = outcome.as_ref().is_err_and(Error::is_ambiguous);
-        outcome
+        *self.shared.lock().spool.cursor.told(batch.log, batch.phase) += batch.text.len() as u64;
+        Ok(())
+    }
+
+    fn has_arrived(&self, batch: &Batch) -> Result<bool, Error> {
+        let Batch { log, phase, text, .. } = batch;
+        let told = *self.shared.lock().spool.cursor.told(*log, *phase);
+        match self.line.client.has_text(self.line.job.id(), *log, *phase, told, text) {
+            // Twice is better than never.
+            Err(error) if !error.is_outage() => Ok(false),
+            other => other,
+        }
     }
 }
 

@@ -30,6 +30,10 @@ impl Outcome {
     pub(super) fn of(statuses: &Statuses) -> Self {
         Self { status: statuses.clone() }
     }
+
+    pub(super) fn write(&self, place: &Place) -> Result<()> {
+        place::write_python_json(&place.rundir.join(OUTCOME), self)
+    }
 }
 
 /// What became of an attempt to send.
@@ -140,11 +144,7 @@ fn say(agent: &Agent, place: &Place, job: &Job, more: Option<String>) -> Result<
     if let Some(text) = more {
         outbox.text(Log::Output, Phase::Cleanup, text);
     }
-    if outbox.finish(Duration::ZERO) {
-        Ok(())
-    } else {
-        Err(anyhow!("the server does not take the rest of its log"))
-    }
+    if outbox.finish() { Ok(()) } else { Err(anyhow!("the server does not take the rest of its log")) }
 }
 
 /// The outer error may pass, the inner one may not.

@@ -2,7 +2,7 @@
 
 use super::{Client, EVENTS, Error, FILES, LOGS, Payload, Result, USUAL, endless, escape, result};
 use crate::testflinger::wire::{
-    AgentData, AgentUpdate, Event, Fragment, Job, Log, ProvisionLog, ResultUpdate,
+    AgentData, AgentUpdate, Event, Fragment, Job, Log, Phase, ProvisionLog, ResultUpdate,
 };
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -89,17 +89,20 @@ impl Client {
         self.post(&format!("/v1/result/{}/log/{}", escape(job), log.name()), fragment, LOGS)
     }
 
-    /// The last fragment from `start` on that the server has; `None` when it has none.
+    /// Whether the server has `text` as what follows the first `told` bytes of a phase's log.
+    ///
+    /// Reads the whole result: the server lets no agent ask for fragments.
     ///
     /// # Errors
     /// As of every request: [`Error`].
-    pub fn last_fragment(&self, job: &str, log: Log, start: u64) -> Result<Option<u64>> {
-        let path = format!("/v1/result/{}/log/{}?start_fragment={start}", escape(job), log.name());
-        let Some(answer) = self.get_optional::<Value>(&path)? else { return Ok(None) };
-        let phases = answer.get(log.name()).and_then(Value::as_object);
-        let numbers =
-            phases.into_iter().flatten().filter_map(|(_, p)| p.get("last_fragment_number")?.as_u64());
-        Ok(numbers.max().filter(|number| *number >= start))
+    pub fn has_text(&self, job: &str, log: Log, phase: Phase, told: u64, text: &str) -> Result<bool> {
+        let path = format!("/v1/result/{}", escape(job));
+        let mut response = self.call(Method::GET, &path, Payload::None, FILES)?;
+        if response.status() == StatusCode::NO_CONTENT {
+            return Ok(false);
+        }
+        result::has_text(endless(&mut response), (phase, log), told, text)
+            .map_err(|error| self.broken(&path, error))
     }
 
     /// Tells the job's webhook, through the server, all that happened so far.
