@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 const FURTHER: usize = 10;
 /// About 100 MB, and it writes its own duration to a file that it is given.
 const TALK: &str = "begin=$(date +%s%N); seq 12500000; end=$(date +%s%N); echo $((end - begin)) > ";
+/// How often a command talks to either reader: one takes a third of a second, and a host has its moods.
+const PAIRS: usize = 11;
 const NO_WORK: &str =
     "setup_command: 'true'\nprovision_command: 'true'\ntest_command: 'true'\ncleanup_command: 'true'\n";
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -38,36 +40,71 @@ pub(super) fn measure(runs: u32) -> Result<Samples> {
             (many.idle_mib()? - one.idle_mib()?) / FURTHER as f64,
             one.start_ms()?,
             one.job_seconds()?,
-            slowdown()?,
         ];
         for ((name, all), figure) in samples.iter_mut().zip(figures) {
             terminal::say(&format!("{name}: {figure:.3}"));
             all.push(figure);
         }
     }
+    if let Some((name, all)) = samples.last_mut() {
+        let talk = Talk::new()?;
+        for pair in 0..PAIRS * runs as usize {
+            // In turns (A B, B A): what drifts hits both alike.
+            let (alone, agent) = if pair % 2 == 0 {
+                let alone = talk.alone()?;
+                (alone, talk.agent()?)
+            } else {
+                let agent = talk.agent()?;
+                (talk.alone()?, agent)
+            };
+            let figure = (agent / alone - 1.0) * 100.0;
+            terminal::say(&format!("{name}: {figure:.1} ({alone:.3} s alone, {agent:.3} s)"));
+            all.push(figure);
+        }
+    }
     Ok(samples)
 }
 
-/// By how much a command that talks a lot is slower under the agent than with a reader that throws
-/// its output away.
-fn slowdown() -> Result<f64> {
-    let lab = Lab::new(1, "test_command: sh ../../talk\n")?;
-    let time = lab.dir.path().join("time");
-    std::fs::write(lab.dir.path().join("talk"), format!("{TALK}{}\n", time.display()))?;
-    let seconds = || -> Result<f64> {
-        let text = std::fs::read_to_string(&time).context("the command did not tell its time")?;
-        Ok(text.trim().parse::<f64>()? / 1e9)
-    };
-    let mut command = Command::new("/bin/sh");
-    command.arg(lab.dir.path().join("talk")).stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = process::spawn(command)?;
-    if let (_, Some(mut output), _) = child.pipes() {
-        std::io::copy(&mut output, &mut std::io::sink())?;
+/// A command that talks a lot: how long it takes under the agent, and with a reader that throws its
+/// output away.
+struct Talk {
+    lab: Lab,
+    _agent: Child,
+}
+
+impl Talk {
+    fn new() -> Result<Self> {
+        let lab = Lab::new(1, "test_command: sh ../../talk\n")?;
+        let script = format!("{TALK}{}\n", lab.dir.path().join("time").display());
+        std::fs::write(lab.dir.path().join("talk"), script)?;
+        let agent = lab.start()?;
+        Ok(Self { lab, _agent: agent })
     }
-    child.wait(&Deadline::after(PATIENCE, "bench agent"))?;
-    let alone = seconds()?;
-    lab.job_seconds()?;
-    Ok((seconds()? / alone - 1.0) * 100.0)
+
+    fn alone(&self) -> Result<f64> {
+        rustix::fs::sync();
+        let mut command = Command::new("/bin/sh");
+        command.arg(self.lab.dir.path().join("talk")).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = process::spawn(command)?;
+        if let (_, Some(mut output), _) = child.pipes() {
+            let mut buffer = vec![0; 64 << 10];
+            while output.read(&mut buffer)? > 0 {}
+        }
+        child.wait(&Deadline::after(PATIENCE, "bench agent"))?;
+        self.seconds()
+    }
+
+    fn agent(&self) -> Result<f64> {
+        rustix::fs::sync();
+        self.lab.run_job()?;
+        self.seconds()
+    }
+
+    /// What the command said last of its time.
+    fn seconds(&self) -> Result<f64> {
+        let text = std::fs::read_to_string(self.lab.dir.path().join("time"));
+        Ok(text.context("the command did not tell its time")?.trim().parse::<f64>()? / 1e9)
+    }
 }
 
 /// A stub server, and the configurations of agents for it.
@@ -126,15 +163,22 @@ impl Lab {
 
     /// From the moment a job is handed out to its outcome.
     fn job_seconds(&self) -> Result<f64> {
-        let id = format!("bench-{}", self.stub.lock().seen);
-        let job = json!({"job_id": id, "job_queue": "bench", "provision_data": {"distro": "none"},
-            "test_data": {"test_cmds": "none"}});
+        let _agent = self.start()?;
+        self.run_job()
+    }
+
+    /// The same, of an agent that runs.
+    fn run_job(&self) -> Result<f64> {
+        let job = |id| {
+            json!({"job_id": id, "job_queue": "bench", "provision_data": {"distro": "none"},
+                "test_data": {"test_cmds": "none"}})
+        };
         {
             let mut state = self.stub.lock();
             (state.taken, state.complete) = (None, None);
-            state.jobs.push_back(job.to_string());
+            let id = format!("bench-{}", state.seen);
+            state.jobs.push_back(job(id).to_string());
         }
-        let _agent = self.start()?;
         let (taken, complete) =
             self.stub.until("the job is complete", |state| Some((state.taken?, state.complete?)))?;
         Ok((complete - taken).as_secs_f64())

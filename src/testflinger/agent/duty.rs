@@ -6,7 +6,7 @@ use super::job::{After, resume, run};
 use super::outbox::chain;
 use super::place::{Place, check_room, left_by};
 use super::survivors::Mark;
-use super::{Agent, End, SIGNALLED, results};
+use super::{Agent, End, SIGNALLED, memory, results};
 use crate::testflinger::client::Error;
 use crate::testflinger::wire::{AgentData, AgentUpdate, Phase, is_id, job_state};
 use anyhow::Result;
@@ -34,6 +34,8 @@ pub(super) struct Duty {
     /// The last state that kept us from work, to log each once.
     idle_for: Option<String>,
     outage: Option<Duration>,
+    /// Nothing happened but polling since memory was given back.
+    settled: bool,
 }
 
 /// What one cycle comes to.
@@ -77,6 +79,9 @@ impl Agent {
                     // Whoever asked for a restart does not wait for a server that does not answer.
                     if self.duty.outage.is_some() && self.control.restarts() {
                         return Ok(End::Restart);
+                    }
+                    if !std::mem::replace(&mut self.duty.settled, true) {
+                        memory::forget_code();
                     }
                     self.control.sleep(self.duty.outage.unwrap_or(self.config.polling_interval()));
                 }
@@ -134,6 +139,7 @@ impl Agent {
             other => other?,
         };
         let Some(job) = job else { return Ok(Next::Later) };
+        self.duty.settled = false;
         match run(self, job) {
             Ok(Some(after)) => self.duty.after = Some(after),
             Ok(None) => return Ok(Next::End(End::Terminated)),

@@ -13,6 +13,7 @@ mod duty;
 mod job;
 mod log;
 mod mask;
+mod memory;
 mod metrics;
 mod outbox;
 mod phase;
