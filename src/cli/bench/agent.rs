@@ -19,10 +19,12 @@ use std::time::{Duration, Instant};
 
 /// Agents beside the first one, when the cost of a further one is measured.
 const FURTHER: usize = 10;
-/// About 100 MB, and it writes its own duration to a file that it is given.
-const TALK: &str = "begin=$(date +%s%N); seq 12500000; end=$(date +%s%N); echo $((end - begin)) > ";
-/// How often a command talks to either reader: one takes a third of a second, and a host has its moods.
+/// About 100 MB, and it adds its own duration to a file that it is given.
+const TALK: &str = "begin=$(date +%s%N); seq 12500000; end=$(date +%s%N); echo $((end - begin)) >> ";
+/// How often both readers have their turn.
 const PAIRS: usize = 11;
+/// How often the command talks in a turn: once takes a fifth of a second, in which a host has its moods.
+const TALKS: usize = 4;
 const NO_WORK: &str =
     "setup_command: 'true'\nprovision_command: 'true'\ntest_command: 'true'\ncleanup_command: 'true'\n";
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -83,6 +85,11 @@ impl Talk {
 
     fn alone(&self) -> Result<f64> {
         rustix::fs::sync();
+        (0..TALKS).try_for_each(|_| self.talk())?;
+        self.seconds()
+    }
+
+    fn talk(&self) -> Result<()> {
         let mut command = Command::new("/bin/sh");
         command.arg(self.lab.dir.path().join("talk")).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut child = process::spawn(command)?;
@@ -90,20 +97,25 @@ impl Talk {
             let mut buffer = vec![0; 64 << 10];
             while output.read(&mut buffer)? > 0 {}
         }
-        child.wait(&Deadline::after(PATIENCE, "bench agent"))?;
-        self.seconds()
+        child.wait(&Deadline::after(PATIENCE, "bench agent")).map(drop)
     }
 
     fn agent(&self) -> Result<f64> {
         rustix::fs::sync();
-        self.lab.run_job()?;
+        self.lab.run_jobs(TALKS)?;
         self.seconds()
     }
 
-    /// What the command said last of its time.
+    /// What the command said of its time in this turn.
     fn seconds(&self) -> Result<f64> {
-        let text = std::fs::read_to_string(self.lab.dir.path().join("time"));
-        Ok(text.context("the command did not tell its time")?.trim().parse::<f64>()? / 1e9)
+        let file = self.lab.dir.path().join("time");
+        let text = std::fs::read_to_string(&file).context("the command did not tell its time")?;
+        std::fs::remove_file(&file)?;
+        let times: Vec<f64> = text.lines().map(str::parse).collect::<Result<_, _>>()?;
+        if times.len() != TALKS {
+            bail!("the command told its time {} times, not {TALKS}", times.len());
+        }
+        Ok(times.iter().sum::<f64>() / 1e9)
     }
 }
 
@@ -164,23 +176,23 @@ impl Lab {
     /// From the moment a job is handed out to its outcome.
     fn job_seconds(&self) -> Result<f64> {
         let _agent = self.start()?;
-        self.run_job()
+        self.run_jobs(1)
     }
 
-    /// The same, of an agent that runs.
-    fn run_job(&self) -> Result<f64> {
-        let job = |id| {
-            json!({"job_id": id, "job_queue": "bench", "provision_data": {"distro": "none"},
-                "test_data": {"test_cmds": "none"}})
-        };
+    /// The same of some jobs in a row, when an agent runs.
+    fn run_jobs(&self, count: usize) -> Result<f64> {
         {
             let mut state = self.stub.lock();
-            (state.taken, state.complete) = (None, None);
-            let id = format!("bench-{}", state.seen);
-            state.jobs.push_back(job(id).to_string());
+            (state.taken, state.complete) = (None, Vec::new());
+            for number in 0..count {
+                let id = format!("bench-{}-{number}", state.seen);
+                let job = json!({"job_id": id, "job_queue": "bench", "provision_data": {"distro": "none"},
+                    "test_data": {"test_cmds": "none"}});
+                state.jobs.push_back(job.to_string());
+            }
         }
-        let (taken, complete) =
-            self.stub.until("the job is complete", |state| Some((state.taken?, state.complete?)))?;
+        let all = |state: &State| Some((state.taken?, *state.complete.get(count - 1)?));
+        let (taken, complete) = self.stub.until("all jobs are complete", all)?;
         Ok((complete - taken).as_secs_f64())
     }
 }
@@ -197,7 +209,7 @@ struct State {
     seen: usize,
     first: Option<Instant>,
     taken: Option<Instant>,
-    complete: Option<Instant>,
+    complete: Vec<Instant>,
 }
 
 impl Stub {
@@ -269,14 +281,14 @@ impl Stub {
         let answer = if path.starts_with("/v1/job?") {
             let job = state.jobs.pop_front();
             if job.is_some() {
-                state.taken = Some(now);
+                state.taken.get_or_insert(now);
             }
             job.unwrap_or_default()
         } else if line.starts_with("GET") {
             r#"{"state": "waiting", "job_state": "test"}"#.into()
         } else {
             if path.starts_with("/v1/result/") && body.ends_with(br#""job_state":"complete"}"#) {
-                state.complete = Some(now);
+                state.complete.push(now);
             }
             "OK".into()
         };
