@@ -7,6 +7,7 @@ mod device;
 mod disk;
 mod duty;
 mod faults;
+mod influx;
 mod jobs;
 mod results;
 mod tokens;

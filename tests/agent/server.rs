@@ -22,6 +22,10 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
     pub(crate) fn is(&self, method: &str, path: &str) -> bool {
         self.method == method && self.path.split('?').next() == Some(path)
     }
@@ -52,6 +56,8 @@ pub(crate) struct State {
     pub(crate) results: BTreeMap<String, Result>,
     pub(crate) attachments: BTreeMap<String, Vec<u8>>,
     pub(crate) provision_logs: Vec<Value>,
+    /// What came as a database of its own kind, once it was made.
+    pub(crate) points: Option<Vec<String>>,
     pub(crate) seen: Vec<Seen>,
     /// What no correct agent does.
     pub(crate) violations: Vec<String>,
@@ -363,6 +369,12 @@ impl State {
             self.tokens.get_or_insert_default().push(token.clone());
             return Answer::json(&json!({"access_token": token, "expires_in": 600, "token_type": "Bearer"}));
         }
+        if path == "/query" || path == "/write" {
+            return self.influx(seen).unwrap_or_else(|| {
+                self.violations.push(format!("no InfluxDB takes: {} {}", seen.path, seen.text()));
+                Answer::text(400, "{\"error\":\"unable to parse\"}")
+            });
+        }
         if let Some(refusal) = self.refusal(seen, path) {
             return refusal;
         }
@@ -411,6 +423,27 @@ impl State {
             )
             .with(422)
         })
+    }
+
+    /// What InfluxDB 1 does with the requests of the original.
+    fn influx(&mut self, seen: &Seen) -> Option<Answer> {
+        // `me:pw`
+        if (seen.method.as_str(), seen.headers.get("authorization")?.as_str()) != ("POST", "Basic bWU6cHc=") {
+            return None;
+        }
+        if seen.path == "/query?q=CREATE+DATABASE+%22agent_jobs%22" {
+            self.points.get_or_insert_default();
+            return Some(Answer::json(&json!({"results": [{"statement_id": 0}]})));
+        }
+        let shape =
+            r#"^phase\\ result,agent=(?:[^ ,=\\]|\\[ ,=])+ (phase="[a-z_]+"(?:,result=\d+i)?) \d{19}\n$"#;
+        let point = regex::Regex::new(shape).expect("a regex").captures(&seen.text())?[1].to_owned();
+        (seen.path == "/write?db=agent_jobs").then_some(())?;
+        let Some(points) = &mut self.points else {
+            return Some(Answer::text(404, "{\"error\":\"database not found: \\\"agent_jobs\\\"\"}"));
+        };
+        points.push(point);
+        Some(Answer::text(204, ""))
     }
 
     /// 401 and 403, and what an agent must send with every request.

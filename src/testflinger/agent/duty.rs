@@ -163,7 +163,7 @@ impl Agent {
     fn register(&mut self, data: &AgentData) -> Result<(), Error> {
         let agent = self.config.agent_id.clone();
         if self.duty.after.is_none() && !stays(data) {
-            self.client.update_agent(&agent, &AgentUpdate::state("waiting", ""))?;
+            self.tell("waiting", "")?;
         }
         self.advertise()?;
         let update = AgentUpdate {
@@ -175,6 +175,13 @@ impl Agent {
         };
         self.client.update_agent(&agent, &update)?;
         self.duty.registered = true;
+        Ok(())
+    }
+
+    /// Tells in which state the agent is from now on.
+    fn tell(&self, state: &str, comment: &str) -> Result<(), Error> {
+        self.client.update_agent(&self.config.agent_id, &AgentUpdate::state(state, comment))?;
+        self.influx.tell(state, None);
         Ok(())
     }
 
@@ -232,13 +239,12 @@ impl Agent {
     fn obey(&mut self, data: &AgentData, fresh: bool) -> Result<Option<Next>, Error> {
         let after = self.duty.after.clone();
         let told = after.clone().unwrap_or_default();
-        let agent = self.config.agent_id.clone();
         let off = stays(data) || !fresh && data.state == "offline";
         let offline = if off { Some(data.comment.clone()) } else { told.offline };
         if let Some(comment) = offline {
             // What an admin calls maintenance stays that.
             if after.is_some() && data.state != "maintenance" {
-                self.client.update_agent(&agent, &AgentUpdate::state("offline", &*comment))?;
+                self.tell("offline", &comment)?;
             }
             self.duty.after = None;
             if self.control.restarts() {
@@ -253,12 +259,12 @@ impl Agent {
         let signalled = self.control.restarts().then(|| SIGNALLED.to_owned());
         if let Some(comment) = told.restart.or(asked).or(signalled) {
             self.log.info(format!("Restart: {comment}"));
-            self.client.update_agent(&agent, &AgentUpdate::state("restart", comment))?;
+            self.tell("restart", &comment)?;
             self.duty.after = None;
             return Ok(Some(Next::End(End::Restart)));
         }
         if after.is_some() {
-            self.client.update_agent(&agent, &AgentUpdate::state("waiting", ""))?;
+            self.tell("waiting", "")?;
             self.duty.after = None;
         }
         Ok(None)

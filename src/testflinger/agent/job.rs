@@ -109,6 +109,7 @@ pub(super) fn line(agent: &Agent, job: &Job) -> Line {
         agent: agent.config.agent_id.clone(),
         job: job.clone(),
         log: Arc::clone(&agent.log),
+        influx: agent.influx.clone(),
         glance: agent.config.polling_interval().clamp(Duration::from_secs(1), Duration::from_secs(10)),
     }
 }
@@ -184,6 +185,7 @@ impl<'a> Running<'a> {
             self.event(&format!("{phase}_start"), "");
             let begun = Instant::now();
             let ended = self.run_phase(phase)?;
+            self.agent.influx.tell(phase.name(), Some(ended.code));
             self.measure(phase, begun, ended.code);
             let name = self.close(phase, ended);
             if phase == Phase::Provision {

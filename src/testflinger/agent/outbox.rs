@@ -3,6 +3,7 @@
 //! The job goes on when the server does not answer. What was not delivered by its end stays in the
 //! spool, which goes to the results that wait.
 
+use super::influx::Influx;
 use super::log::Log as AgentLog;
 use super::spool::{Cursor, Post, Record, Spool, now};
 use crate::testflinger::client::{Client, Error};
@@ -32,6 +33,7 @@ pub(super) struct Line {
     pub(super) agent: String,
     pub(super) job: Job,
     pub(super) log: Arc<AgentLog>,
+    pub(super) influx: Influx,
     /// How often it is asked whether the job was cancelled.
     pub(super) glance: Duration,
 }
@@ -428,7 +430,11 @@ impl Sender {
         let Line { client, agent, job, .. } = &self.line;
         match post {
             Post::Result(update) => client.update_result(job.id(), update),
-            Post::Agent(update) => client.update_agent(agent, update),
+            Post::Agent(update) => {
+                client.update_agent(agent, update)?;
+                update.state.iter().for_each(|state| self.line.influx.tell(state, None));
+                Ok(())
+            }
             Post::Provision(log) => client.post_provision_log(agent, log),
             Post::Events(events) => {
                 let last = events.last().is_some_and(|event| event.event_name == "job_end");
@@ -469,7 +475,9 @@ impl Sender {
                     return Ok(());
                 }
                 client.update_result(job.id(), &ResultUpdate::state(phase.name()))?;
-                client.update_agent(agent, &AgentUpdate::state(phase.name(), comment))
+                client.update_agent(agent, &AgentUpdate::state(phase.name(), comment))?;
+                self.line.influx.tell(phase.name(), None);
+                Ok(())
             }
         }
     }
