@@ -65,8 +65,11 @@ pub(crate) struct State {
     tokens: Option<Vec<String>>,
     issued: u32,
     hook: Option<Hook>,
-    connections: Vec<TcpStream>,
+    /// By the port of their other end.
+    connections: BTreeMap<u16, TcpStream>,
     is_down: bool,
+    /// Connections so far.
+    pub(crate) connected: usize,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -160,10 +163,15 @@ impl Server {
                 if state.is_down {
                     return;
                 }
-                state.connections.push(stream.try_clone().expect("clones"));
+                let port = stream.peer_addr().map_or(0, |peer| peer.port());
+                state.connections.insert(port, stream.try_clone().expect("clones"));
+                state.connected += 1;
                 drop(state);
                 let server = server.clone();
-                std::thread::spawn(move || server.converse(stream));
+                std::thread::spawn(move || {
+                    server.converse(stream);
+                    server.state().connections.remove(&port);
+                });
             }
         });
     }
@@ -172,7 +180,7 @@ impl Server {
     pub(crate) fn down(&self) {
         let mut state = self.state();
         state.is_down = true;
-        for connection in state.connections.drain(..) {
+        for connection in state.connections.values() {
             let _ = connection.shutdown(Shutdown::Both);
         }
         drop(state);

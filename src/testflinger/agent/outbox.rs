@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 /// Output that comes in drops is sent this often.
 const PACE: Duration = Duration::from_secs(1);
 /// Between two fragments, while nobody waits for them: the CPU is for the command that prints them.
-const BREATH: Duration = Duration::from_millis(20);
+const BREATH: Duration = Duration::from_millis(100);
 /// A fragment is no larger. The server takes less than 16 MiB in one request.
 const LARGEST: usize = 512 << 10;
 /// Between two tries: from the first to the last.
@@ -48,6 +48,8 @@ pub(super) struct Outbox {
 struct Shared {
     state: Mutex<State>,
     news: Condvar,
+    /// Somebody waits for all to be delivered.
+    haste: Condvar,
 }
 
 #[derive(Debug)]
@@ -75,6 +77,24 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn hurry(&self) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        state.hurry += 1;
+        self.wake();
+        state
+    }
+
+    fn wake(&self) {
+        self.news.notify_all();
+        self.haste.notify_all();
+    }
+
+    /// Leaves the CPU to others for a while, unless somebody waits.
+    fn breathe(&self) {
+        let idle = |state: &mut State| state.hurry == 0 && !state.abandoned;
+        let _ = self.haste.wait_timeout_while(self.lock(), BREATH, idle);
+    }
+
     fn wait<'a>(&self, state: MutexGuard<'a, State>, most: Duration) -> MutexGuard<'a, State> {
         self.news.wait_timeout(state, most).unwrap_or_else(PoisonError::into_inner).0
     }
@@ -95,7 +115,8 @@ impl Outbox {
             closed: false,
             abandoned: false,
         };
-        let shared = Arc::new(Shared { state: Mutex::new(state), news: Condvar::new() });
+        let shared =
+            Arc::new(Shared { state: Mutex::new(state), news: Condvar::new(), haste: Condvar::new() });
         let for_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("outbox".into())
@@ -125,9 +146,7 @@ impl Outbox {
 
     /// Waits until all is delivered, or cannot be for now; true in the first case.
     pub(super) fn settle(&self) -> bool {
-        let mut state = self.shared.lock();
-        state.hurry += 1;
-        self.shared.news.notify_all();
+        let mut state = self.shared.hurry();
         while !state.idle && !state.outage && !state.abandoned {
             state = self.shared.wait(state, Duration::from_secs(60));
         }
@@ -160,9 +179,7 @@ impl Outbox {
     /// `patience`, and longer while there is no room on the disk either.
     pub(super) fn secure(&self, patience: Duration) {
         let begun = Instant::now();
-        let mut state = self.shared.lock();
-        state.hurry += 1;
-        self.shared.news.notify_all();
+        let mut state = self.shared.hurry();
         while !state.idle && !state.abandoned {
             if state.outage && begun.elapsed() >= patience && state.spool.flush() {
                 break;
@@ -175,11 +192,9 @@ impl Outbox {
     /// Ends: waits until all is delivered, but not for a server that is not there. True when all is
     /// delivered.
     pub(super) fn finish(mut self) -> bool {
-        let mut state = self.shared.lock();
+        let mut state = self.shared.hurry();
         state.closed = true;
         state.watched = false;
-        state.hurry += 1;
-        self.shared.news.notify_all();
         while !state.idle && !state.abandoned && !state.outage {
             state = self.shared.wait(state, Duration::from_secs(60));
         }
@@ -197,7 +212,7 @@ impl Outbox {
     }
 
     fn join(&mut self) {
-        self.shared.news.notify_all();
+        self.shared.wake();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -276,9 +291,7 @@ impl Sender {
                     }
                     self.last_text = Some(Instant::now());
                     self.done(batch.end, Some(batch.log));
-                    if self.shared.lock().hurry == 0 {
-                        std::thread::sleep(BREATH);
-                    }
+                    self.shared.breathe();
                 }
             }
         }

@@ -4,6 +4,7 @@
 use super::job::{INTERNAL, line};
 use super::outbox::{Outbox, chain};
 use super::place::{self, Memo, Place, move_dir, read_job};
+use super::spool::Cursor;
 use super::{Agent, artifacts};
 use crate::record::files;
 use crate::testflinger::client::Error;
@@ -198,7 +199,8 @@ pub(super) fn adopt(agent: &Agent, place: &Place, phase: Option<Phase>) -> Resul
         .unwrap_or_default()
         .status;
     let memo = Memo { agent_id: agent.config.agent_id.clone(), phase, statuses, ..Memo::default() };
-    place.make_ours(&job, &memo)
+    place.make_ours(&job, &memo)?;
+    Cursor::after_another(&place.state)
 }
 
 /// Ends a job of ours of which nothing is left here.

@@ -68,6 +68,13 @@ pub(super) struct Cursor {
 }
 
 impl Cursor {
+    /// For a job of which another agent has told something already, nobody knows how many fragments:
+    /// who follows a log asks for what comes after the last one.
+    pub(super) fn after_another(dir: &Path) -> Result<()> {
+        let cursor = Self { output: BEYOND, serial: BEYOND, ..Self::default() };
+        files::write_json(&dir.join(CURSOR), &cursor)
+    }
+
     pub(super) fn number(&mut self, log: Log) -> &mut u64 {
         match log {
             Log::Output => &mut self.output,
@@ -83,6 +90,8 @@ impl Cursor {
 
 /// How much is kept in memory when the disk is full.
 const MOST_IN_MEMORY: usize = 16 << 20;
+/// More fragments than the original makes of any job: it has one for ten seconds of output.
+const BEYOND: u64 = 1_000_000;
 /// A file that was delivered is cut when it is larger than this.
 const CUT: u64 = 8 << 20;
 
@@ -186,17 +195,17 @@ impl Spool {
     }
 
     fn write(&mut self, record: &Record) -> io::Result<()> {
-        let mut bytes = serde_json::to_vec(record)?;
-        bytes.push(b'\n');
-        if let Record::Text { text, .. } = record {
-            bytes.extend_from_slice(text.as_bytes());
-        }
-        if let Err(error) = self.file.write_all_at(&bytes, self.length) {
+        let mut head = serde_json::to_vec(record)?;
+        head.push(b'\n');
+        let text = if let Record::Text { text, .. } = record { text.as_str() } else { "" };
+        let behind = self.length + head.len() as u64;
+        let written = self.file.write_all_at(&head, self.length);
+        if let Err(error) = written.and_then(|()| self.file.write_all_at(text.as_bytes(), behind)) {
             // A part helps nobody, and has taken the last of the room.
             let _ = self.file.set_len(self.length);
             return Err(error);
         }
-        self.length += bytes.len() as u64;
+        self.length = behind + text.len() as u64;
         Ok(())
     }
 

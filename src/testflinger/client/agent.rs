@@ -7,8 +7,12 @@ use crate::testflinger::wire::{
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::{self, Read};
 use std::path::Path;
 use ureq::http::{Method, StatusCode};
+
+/// What is read for nothing, to keep a connection.
+const LITTLE: u64 = 64 << 10;
 
 impl Client {
     /// What the server knows of `agent`; `None` when it does not know it.
@@ -70,7 +74,11 @@ impl Client {
         if response.status() == StatusCode::NO_CONTENT {
             return Ok(None);
         }
-        result::state(endless(&mut response)).map_err(|error| self.broken(&path, error))
+        let mut reader = endless(&mut response);
+        let state = result::state(&mut reader).map_err(|error| self.broken(&path, error));
+        // The connection can be used again if there is little left, as for most of a job's life.
+        let _ = io::copy(&mut reader.take(LITTLE), &mut io::sink());
+        state
     }
 
     /// Posts news of a job's result.
@@ -141,6 +149,8 @@ impl Client {
     /// As of every request: [`Error`].
     pub fn send_artifacts(&self, job: &str, archive: &Path) -> Result<()> {
         let path = format!("/v1/result/{}/artifact", escape(job));
-        self.call(Method::POST, &path, Payload::File(archive), FILES).map(drop)
+        let mut response = self.call(Method::POST, &path, Payload::File(archive), FILES)?;
+        let _ = io::copy(&mut endless(&mut response).take(LITTLE), &mut io::sink());
+        Ok(())
     }
 }
