@@ -50,7 +50,8 @@ impl Client {
         self.post("/v1/agents/images", images, USUAL)
     }
 
-    /// Takes a job from one of `queues`. It is ours then, whether or not the answer arrives.
+    /// Takes a job from one of `queues`. It is ours then, whether or not the answer arrives: a job whose
+    /// answer is lost stays `running`, since the server lets no agent ask which jobs a queue has.
     ///
     /// # Errors
     /// As of every request: [`Error`].
