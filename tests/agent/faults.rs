@@ -186,8 +186,8 @@ fn an_agent_without_room_takes_no_job() {
 }
 
 #[test]
-fn hundreds_of_jobs_leave_nothing_behind() {
-    leaves_nothing_behind(300);
+fn many_jobs_leave_nothing_behind() {
+    leaves_nothing_behind(150);
 }
 
 #[test]

@@ -51,15 +51,15 @@ mod tests {
 
     #[test]
     fn code_runs_on_after_it_was_forgotten() {
-        let resident = || {
+        // Of the mapping that this function is in.
+        let here = code_runs_on_after_it_was_forgotten as fn() as usize;
+        let resident = || -> u64 {
             let smaps = fs::read_to_string("/proc/self/smaps").expect("reads");
-            let mut lines = smaps.lines();
-            // This function is in it.
-            let here = (code_runs_on_after_it_was_forgotten as fn() as usize, ());
-            lines.find(|line| code(line).is_some_and(|(start, end)| (start..end).contains(&here.0)));
-            let rss = lines
-                .find_map(|line| line.strip_prefix("Rss:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-            rss.expect("a size")
+            let mut lines = smaps
+                .lines()
+                .skip_while(|line| !code(line).is_some_and(|(start, end)| (start..end).contains(&here)));
+            let rss = lines.find_map(|line| line.strip_prefix("Rss:")?.trim().strip_suffix(" kB"));
+            rss.expect("a size").parse().expect("a number")
         };
         let before = resident();
         forget_code();
