@@ -9,12 +9,16 @@ use std::fs;
 /// Gives back the code that was run so far. What is run again is mapped again from the page cache, where
 /// it stays.
 pub(super) fn forget_code() {
+    advise(Advice::LinuxDontNeed);
+}
+
+fn advise(advice: Advice) {
     for (start, end) in fs::read_to_string("/proc/self/maps").unwrap_or_default().lines().filter_map(code) {
         let start = std::ptr::with_exposed_provenance_mut(start);
         // SAFETY: the mapping is of a file, private, and cannot be written: what is there is what the file
         // has, and what is dropped is read from it again.
         #[allow(unsafe_code)]
-        let _ = unsafe { madvise(start, end - start.addr(), Advice::LinuxDontNeed) };
+        let _ = unsafe { madvise(start, end - start.addr(), advice) };
     }
 }
 
@@ -61,6 +65,7 @@ mod tests {
             let rss = lines.find_map(|line| line.strip_prefix("Rss:")?.trim().strip_suffix(" kB"));
             rss.expect("a size").parse().expect("a number")
         };
+        advise(Advice::LinuxPopulateRead);
         let before = resident();
         forget_code();
         assert!(resident() < before, "{before} kB of code, and as much after it was given back");
