@@ -7,8 +7,11 @@ mod server;
 mod support;
 
 mod device;
+mod disk;
 mod duty;
 mod faults;
+mod influx;
 mod jobs;
 mod results;
+mod tokens;
 mod traces;

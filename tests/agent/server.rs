@@ -28,6 +28,10 @@ impl Seen {
         Self { method, path, headers, body, json, status: 0 }
     }
 
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
     pub(crate) fn is(&self, method: &str, path: &str) -> bool {
         self.method == method && self.path.split('?').next() == Some(path)
     }
@@ -47,6 +51,8 @@ pub(crate) struct State {
     pub(crate) results: BTreeMap<String, Result>,
     pub(crate) attachments: BTreeMap<String, Vec<u8>>,
     pub(crate) provision_logs: Vec<Value>,
+    /// What came as a database of its own kind, once it was made.
+    pub(crate) points: Option<Vec<String>>,
     pub(crate) seen: Vec<Seen>,
     /// What no correct agent does.
     pub(crate) violations: Vec<String>,
@@ -144,6 +150,11 @@ impl Server {
 
     pub(crate) fn up(&self) {
         self.http.up();
+    }
+
+    /// How many connections there were.
+    pub(crate) fn connected(&self) -> usize {
+        self.http.connected()
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
@@ -265,6 +276,12 @@ impl State {
                 &json!({"access_token": token, "expires_in": 600, "token_type": "Bearer"}),
             );
         }
+        if path == "/query" || path == "/write" {
+            return self.influx(seen).unwrap_or_else(|| {
+                self.violations.push(format!("no InfluxDB takes: {} {}", seen.path, seen.text()));
+                Answer::text(400, "{\"error\":\"unable to parse\"}")
+            });
+        }
         if let Some(refusal) = self.refusal(seen, path) {
             return refusal;
         }
@@ -312,6 +329,27 @@ impl State {
         })
     }
 
+    /// What InfluxDB 1 does with the requests of the original.
+    fn influx(&mut self, seen: &Seen) -> Option<Answer> {
+        // `me:pw`
+        if (seen.method.as_str(), seen.headers.get("authorization")?.as_str()) != ("POST", "Basic bWU6cHc=") {
+            return None;
+        }
+        if seen.path == "/query?q=CREATE+DATABASE+%22agent_jobs%22" {
+            self.points.get_or_insert_default();
+            return Some(Answer::json(200, &json!({"results": [{"statement_id": 0}]})));
+        }
+        let shape =
+            r#"^phase\\ result,agent=(?:[^ ,=\\]|\\[ ,=])+ (phase="[a-z_]+"(?:,result=\d+i)?) \d{19}\n$"#;
+        let point = regex::Regex::new(shape).expect("a regex").captures(&seen.text())?[1].to_owned();
+        (seen.path == "/write?db=agent_jobs").then_some(())?;
+        let Some(points) = &mut self.points else {
+            return Some(Answer::text(404, "{\"error\":\"database not found: \\\"agent_jobs\\\"\"}"));
+        };
+        points.push(point);
+        Some(Answer::text(204, ""))
+    }
+
     /// 401 and 403, and what an agent must send with every request.
     fn refusal(&mut self, seen: &Seen, path: &str) -> Option<Answer> {
         let cookie = seen.headers.get("cookie");
@@ -325,8 +363,11 @@ impl State {
         let bearer = seen.headers.get("authorization").and_then(|value| value.strip_prefix("Bearer "));
         let answer =
             |status, message: &str| Some(Answer::json(status, &json!({"detail": {}, "message": message})));
+        let is_contributors = seen.method == "GET" && path.contains("/log/");
         match bearer {
-            Some(bearer) if tokens.iter().any(|token| token == bearer) => None,
+            Some(bearer) if tokens.iter().any(|token| token == bearer) => {
+                is_contributors.then(|| answer(403, "Specified action requires role: contributor"))?
+            }
             Some(_) => answer(401, "Token has expired"),
             None if seen.method == "GET" && path != "/v1/job" => None,
             None => answer(403, "Specified action requires role: agent"),

@@ -122,7 +122,7 @@ fn killed_at_any_request_it_goes_on_as_if_nothing_had_been() {
         running.into_iter().map(|thread| thread.join().expect("passes")).collect()
     });
     let last = reached.iter().filter(|(_, is_reached)| *is_reached).map(|(at, _)| *at).max();
-    assert!((6..13).contains(&last.expect("some")), "the last request is {last:?}: is each killed at?");
+    assert!(last.is_some_and(|last| last >= 6), "a run has more requests than {last:?}");
 }
 
 #[test]

@@ -49,6 +49,25 @@ fn seek<R: Read>(json: &mut JsonStreamReader<R>) -> Result<Option<String>, Reade
     Ok(None)
 }
 
+/// Reads a result up to one log, and says whether `text` follows the first `skip` bytes of it.
+pub(super) fn has_text(reader: impl Read, log: (Phase, Log), skip: u64, text: &str) -> io::Result<bool> {
+    let mut json = JsonStreamReader::new(reader);
+    json.begin_object().map_err(error)?;
+    while json.has_next().map_err(error)? {
+        let is_meant = matches!(part(json.next_name().map_err(error)?),
+            Some((phase, Part::Log(name))) if (phase, name) == log);
+        if is_meant {
+            let mut reader = json.next_string_reader().map_err(error)?;
+            io::copy(&mut reader.by_ref().take(skip), &mut io::sink()).map_err(inner)?;
+            let mut follows = Vec::new();
+            reader.take(text.len() as u64).read_to_end(&mut follows).map_err(inner)?;
+            return Ok(follows == text.as_bytes());
+        }
+        json.skip_value().map_err(error)?;
+    }
+    Ok(false)
+}
+
 /// Reads a whole result. Of each log at most `largest` bytes are kept.
 /// Nor is more kept of all of them together, whatever a server sends.
 pub(super) fn read(reader: impl Read, largest: u64) -> io::Result<JobResult> {
@@ -165,6 +184,21 @@ mod tests {
     fn the_log_behind_the_state_is_not_loaded() {
         let start = br#"{"job_state": "cancelled", "#.chain(&[b' '; 8 << 10][..]).chain(Never);
         assert_eq!(state(start).expect("found").as_deref(), Some("cancelled"));
+    }
+
+    #[test]
+    fn a_text_is_found_at_its_place_alone() {
+        let result = json!({"test_output": "tick\ntick\n\u{e9}", "test_serial": "boot"}).to_string();
+        let has =
+            |log, skip, text| has_text(result.as_bytes(), (Phase::Test, log), skip, text).expect("reads");
+        assert!(
+            has(Log::Output, 0, "tick\n") && has(Log::Output, 5, "tick\n") && has(Log::Output, 10, "\u{e9}")
+        );
+        assert!(
+            !has(Log::Output, 10, "tick\n") && !has(Log::Output, 99, "x") && !has(Log::Serial, 0, "tick\n")
+        );
+        let setup = has_text(result.as_bytes(), (Phase::Setup, Log::Output), 0, "tick\n");
+        assert!(!setup.expect("reads"), "a log that nobody began");
     }
 
     #[test]
