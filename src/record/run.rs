@@ -65,7 +65,7 @@ impl Run {
     /// to the disk and asks git, so not for a mere list of scenarios.
     ///
     /// # Errors
-    /// A host [`Fault`](crate::fault::Fault) when the run directory cannot be made.
+    /// A host [`Fault`] when the run directory cannot be made.
     pub fn start(environment: Environment) -> Result<Self> {
         // nextest documents it as the same UUID in all processes of one run.
         let shared = std::env::var("NEXTEST_RUN_ID").ok().filter(|id| !id.is_empty());
@@ -83,7 +83,7 @@ impl Run {
     /// Goes on with the run of this id, whose process is gone.
     ///
     /// # Errors
-    /// A host [`Fault`](crate::fault::Fault) when there is none.
+    /// A host [`Fault`] when there is none.
     pub fn reopen(environment: Environment, id: &str) -> Result<Self> {
         let is_name = Path::new(id).components().eq([Component::Normal(id.as_ref())]);
         let directory = environment.log_root.join(id);
@@ -138,7 +138,7 @@ impl Run {
     /// Writes into `run.json` that this process is done with it.
     ///
     /// # Errors
-    /// A host [`Fault`](crate::fault::Fault) when the file cannot be written.
+    /// A host [`Fault`] when the file cannot be written.
     pub fn end(&self) -> Result<()> {
         let path = self.directory.join("run.json");
         let _lock = RootLock::take(&self.environment.log_root)?;
@@ -172,7 +172,7 @@ impl Run {
     /// Begins an execution of a scenario: its identity is on disk when this returns.
     ///
     /// # Errors
-    /// A host [`Fault`](crate::fault::Fault) when its directory cannot be made.
+    /// A host [`Fault`] when its directory cannot be made.
     pub fn scenario(&self, name: &str, markers: &[&str]) -> Result<Evidence> {
         Evidence::create(self, &self.environment.log_root, self.metadata(name, markers), self.ledger())
     }
@@ -190,7 +190,7 @@ impl Run {
     /// all in one write. Each is (name, markers, reason).
     ///
     /// # Errors
-    /// A host [`Fault`](crate::fault::Fault) when the ledger cannot be written.
+    /// A host [`Fault`] when the ledger cannot be written.
     pub fn not_run(&self, outcome: Outcome, scenarios: &[(&str, &[&str], &str)]) -> Result<()> {
         let Some(ledger) = self.ledger() else { return Ok(()) };
         let record = |(name, markers, reason): &(&str, &[&str], &str)| {
