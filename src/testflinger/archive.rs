@@ -9,9 +9,9 @@ use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, BufWriter, Read, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
-use tar::{Archive, Builder, Entry, HeaderMode};
+use tar::{Archive, Builder, Entry, Header, HeaderMode};
 
 /// What becomes of links, and of what else a file system knows of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +23,15 @@ pub(super) enum Copies {
     Plain,
 }
 
+impl Copies {
+    fn mode(self) -> HeaderMode {
+        match self {
+            Self::Faithful => HeaderMode::Complete,
+            Self::Plain => HeaderMode::Deterministic,
+        }
+    }
+}
+
 /// Writes an archive. What is no file, directory or link is left out.
 pub(super) struct Packer<W: Write> {
     builder: Builder<GzEncoder<BufWriter<W>>>,
@@ -32,9 +41,8 @@ pub(super) struct Packer<W: Write> {
 impl<W: Write> Packer<W> {
     pub(super) fn new(to: W, copies: Copies) -> Self {
         let mut builder = Builder::new(GzEncoder::new(BufWriter::new(to), Compression::default()));
-        let plain = copies == Copies::Plain;
-        builder.follow_symlinks(plain);
-        builder.mode(if plain { HeaderMode::Deterministic } else { HeaderMode::Complete });
+        builder.follow_symlinks(copies == Copies::Plain);
+        builder.mode(copies.mode());
         Self { builder, copies }
     }
 
@@ -63,13 +71,27 @@ impl<W: Write> Packer<W> {
         } else if kind.is_symlink() && self.copies == Copies::Faithful {
             self.builder.append_path_with_name(path, name).with_context(cannot)?;
         } else if fs::metadata(path).with_context(cannot)?.is_file() {
-            let mut file = File::open(path).with_context(cannot)?;
-            self.builder.append_file(name, &mut file).with_context(cannot)?;
+            self.put_file(path, name).with_context(cannot)?;
         } else {
             ensure!(!kind.is_symlink(), cannot().because("it is a link to what is no file"));
             return Ok(false);
         }
         Ok(true)
+    }
+
+    /// As much as there was at first: a log may grow meanwhile, and no member may be of another size than
+    /// its header says.
+    fn put_file(&mut self, path: &Path, name: &Path) -> io::Result<()> {
+        let mut file = File::open(path)?;
+        let meta = file.metadata()?;
+        let has_holes = meta.blocks().saturating_mul(512) < meta.len();
+        if has_holes {
+            return self.builder.append_file(name, &mut file);
+        }
+        let mut header = Header::new_gnu();
+        header.set_metadata_in_mode(&meta, self.copies.mode());
+        let size = meta.len();
+        self.builder.append_data(&mut header, name, file.take(size).chain(io::repeat(0)).take(size))
     }
 
     /// Ends the archive.
@@ -177,7 +199,7 @@ pub(super) fn make_dir(path: &Path, mode: u32) -> Result<()> {
 mod tests {
     use super::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
-    use tar::{EntryType, Header};
+    use tar::EntryType;
 
     const LIMITS: Limits = Limits { bytes: 1 << 20, members: 10 };
 
@@ -237,6 +259,31 @@ mod tests {
                 of("as/sub/file", Regular, 0o644),
             ]
         );
+    }
+
+    #[test]
+    fn a_file_that_grows_meanwhile_spoils_no_archive() {
+        let mut bytes = Vec::new();
+        let mut packer = Packer::new(&mut bytes, Copies::Faithful);
+        // It has more in it than its size says, as one that grows.
+        for name in ["a", "b"] {
+            packer.add(Path::new("/proc/version"), Path::new(name)).expect("packs");
+        }
+        packer.finish().expect("ends");
+        let names: Vec<_> =
+            names(&bytes).expect("is an archive").into_iter().map(|(name, ..)| name).collect();
+        assert_eq!(names, ["a", "b"]);
+    }
+
+    #[test]
+    fn holes_stay_holes() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        file.as_file().set_len(64 << 20).expect("sets");
+        let mut bytes = Vec::new();
+        let mut packer = Packer::new(&mut bytes, Copies::Faithful);
+        packer.add(file.path(), Path::new("image")).expect("packs");
+        packer.finish().expect("ends");
+        assert!(bytes.len() < 4096, "{}", bytes.len());
     }
 
     fn archive(fill: impl FnOnce(&mut Builder<GzEncoder<Vec<u8>>>)) -> Vec<u8> {

@@ -192,7 +192,7 @@ fn read_machines(path: &Path) -> Result<Vec<String>> {
 }
 
 fn read_template(path: &Path, machines: &[String]) -> Result<Template> {
-    let named = || Fault::host("there is no template").fix("name it with `--template-file FILE`");
+    let named = || Fault::host("the template cannot be had").fix("name it with `--template-file FILE`");
     let template = Template::read(path).with_context(named)?;
     let wrong = || WrongInput(format!("the template {} is wrong", path.display()));
     if machines.len() > 1 && !template.has_placeholder() {
