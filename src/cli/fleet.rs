@@ -1,29 +1,29 @@
 //! `shakedown fleet`: the project's scenarios on the hosts of a Testflinger queue.
 
+mod view;
+
 use super::binaries::{self, Binary};
 use super::project::Project;
-use super::table::{Cell, Table};
-use super::terminal::{self, Colour, Paint};
+use super::terminal;
 use super::{INTERRUPTED, Verdict};
-use anyhow::{Context, Result, ensure};
-use indicatif::ProgressBar;
-use serde_json::{Map, Value, json};
+use anyhow::{Context, Result, bail, ensure};
 use shakedown::deadline::Deadline;
-use shakedown::fault::{Fault, visible};
+use shakedown::fault::Fault;
 use shakedown::harness::Settings;
 use shakedown::process;
 use shakedown::record::history::History;
 use shakedown::record::{Environment, Outcome, Run};
 use shakedown::testflinger::client::{Client, Login};
-use shakedown::testflinger::fleet::job::{self, Common};
-use shakedown::testflinger::fleet::lab::{self, Notice, Row, ServerLab};
-use shakedown::testflinger::fleet::run::{self, Trouble};
-use shakedown::testflinger::fleet::shards::Shards;
-use std::collections::BTreeMap;
-use std::io;
+use shakedown::testflinger::fleet::job::{self, Common, Luggage};
+use shakedown::testflinger::fleet::lab::Trouble;
+use shakedown::testflinger::fleet::run;
+use shakedown::testflinger::fleet::saved::{self, Left, Plan, Saved};
+use shakedown::testflinger::fleet::server::{self, ServerLab};
+use shakedown::testflinger::fleet::show::{Notice, Row};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
+use view::Show;
 
 /// Stripping takes seconds.
 const STRIP: Duration = Duration::from_secs(120);
@@ -45,7 +45,8 @@ enum Action {
 /// They are split into shards by the medians of the ledger. Each shard is a job; what it leaves behind
 /// comes back as the job's artifacts, into one run directory and one ledger. What a host does not
 /// bring back goes to another one. Exit status 0 when nothing failed, 1 otherwise. Ctrl-C cancels all
-/// jobs of the run.
+/// jobs of the run. With one that was killed, `--resume` goes on: nothing is submitted twice, and what is
+/// finished stays so.
 ///
 /// The hosts run the test binary as it was built here: they need this processor, a C library that is
 /// not older than this host's, and what the scenarios need, such as QEMU.
@@ -53,14 +54,20 @@ enum Action {
 #[command(after_help = "Examples:
   shakedown fleet run --server tf.example:8000 --queue qemu --release
   shakedown fleet run --queue qemu -m 'not(slow)' disks::
-  shakedown fleet run --queue bare --template job.yaml --with fixtures")]
+  shakedown fleet run --queue bare --template job.yaml --with fixtures
+  shakedown fleet run --resume latest")]
 struct RunArgs {
     /// The Testflinger server
-    #[arg(long, env = "TESTFLINGER_SERVER")]
-    server: String,
+    #[arg(long, env = "TESTFLINGER_SERVER", required_unless_present = "resume")]
+    server: Option<String>,
     /// The queue whose agents run the scenarios
-    #[arg(long)]
-    queue: String,
+    #[arg(long, required_unless_present = "resume")]
+    queue: Option<String>,
+    /// Go on with a run that was killed: the name of its run directory, or `latest`
+    #[arg(long, value_name = "RUN", conflicts_with_all = [
+        "queue", "markers", "test", "binary", "release", "with", "template", "filter"
+    ])]
+    resume: Option<String>,
     /// How many jobs there are at once [default: one for each agent, and a few that wait]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     shards: Option<u16>,
@@ -79,7 +86,8 @@ struct RunArgs {
     /// A file or directory of the project that scenarios need; those of its images go anyway
     #[arg(long, value_name = "PATH")]
     with: Vec<PathBuf>,
-    /// A job in YAML, for what else the queue needs: provision_data, test_data.test_username
+    /// A job in YAML, for what else the queue needs: provision_data and its attachments,
+    /// test_data.test_username
     #[arg(long, value_name = "FILE")]
     template: Option<PathBuf>,
     /// Print one JSON object in the place of the table
@@ -96,43 +104,33 @@ impl Fleet {
     }
 }
 
+/// A run that is to be done.
+struct Work {
+    client: Client,
+    run: Run,
+    saved: Saved,
+    left: Left,
+}
+
 impl RunArgs {
     fn run(self) -> Result<Verdict> {
-        let template = self.template.as_deref().map(template).transpose()?.unwrap_or_default();
-        let login = Login::from_environment()?;
-        let mut common =
-            Common { queue: self.queue.clone(), tag: String::new(), markers: self.markers.clone(), template };
-        common.check()?;
-        let client = Client::for_user(&self.server, login);
-        lab::check_queue(&client, &self.queue)?;
-        let binary = self.binary()?;
-        let environment = Environment::read(&binary.directory)?;
-        let names = self.names(&binary)?;
-        ensure!(
-            !names.is_empty(),
-            Fault::host("no scenario is selected").fix("`cargo test -- --list` shows them")
-        );
-        let expected = expected(environment.ledger.as_deref(), &names)?;
-        let with = self.with(&binary.directory)?;
-
-        let run = Run::start(environment)?;
-        common.tag = run.id().to_owned();
-        let archive = run.directory().join("shard.tar.gz");
-        let stripped = stripped(&binary.program, &run.directory().join("stripped"));
-        job::pack(&archive, stripped.as_deref().unwrap_or(&binary.program), &binary.directory, &with)?;
-        let _ = stripped.map(std::fs::remove_file);
+        let Work { client, run, saved, left } = match &self.resume {
+            Some(id) => self.resume(id)?,
+            None => self.begin()?,
+        };
+        let names = &saved.plan().scenarios;
+        let expected = expected(run.ledger(), names)?;
         let show = Show::new(names.len());
         let watcher = |notice: Notice<'_>| show.notice(&notice);
-        let mut lab = ServerLab::new(client, common, &run, names, archive.clone(), &watcher);
-        let mut shards = Shards::new(expected);
+        let mut lab = ServerLab::new(client, &run, saved, &watcher);
+        let mut shards = lab.go_on(left, expected);
         let result = run::run(&mut lab, &mut shards, self.shards.map(usize::from));
         show.finish();
         // It can be made again, and is large.
-        let _ = std::fs::remove_file(archive);
+        let _ = std::fs::remove_file(Saved::archive(run.directory()));
         run.end()?;
         let rows: Vec<_> = lab.rows().collect();
-        let lost = shards.all().iter().filter(|shard| is_lost(shard)).count();
-        self.print(&rows, &run, shards.all().len(), lost)?;
+        view::print(&rows, &run, &shards, self.json)?;
         match result {
             Ok(()) => {}
             Err(Trouble::Interrupted) => return Ok(Verdict::Status(INTERRUPTED)),
@@ -142,6 +140,68 @@ impl RunArgs {
         let fine =
             |row: &Row| !matches!(row.outcome, Outcome::Failed | Outcome::Error | Outcome::Interrupted);
         Ok(if rows.iter().all(|(_, row)| fine(row)) { Verdict::Fine } else { Verdict::NotFine })
+    }
+
+    fn begin(&self) -> Result<Work> {
+        let template = self.template.as_deref().map(job::read_template).transpose()?;
+        let (template, attachments) = template.unwrap_or_default();
+        let queue = self.queue.clone().unwrap_or_default();
+        let mut common = Common { queue, tag: String::new(), markers: self.markers.clone(), template };
+        common.check()?;
+        let client = Client::for_user(self.server.as_deref().unwrap_or_default(), Login::from_environment()?);
+        server::check_queue(&client, &common.queue)?;
+        let binary = self.binary()?;
+        let environment = Environment::read(&binary.directory)?;
+        let scenarios = self.names(&binary)?;
+        ensure!(
+            !scenarios.is_empty(),
+            Fault::host("no scenario is selected").fix("`cargo test -- --list` shows them")
+        );
+        let with = self.with(&binary.directory)?;
+        tell_of_a_killed_one(&environment);
+        let run = Run::start(environment)?;
+        common.tag = run.id().to_owned();
+        let stripped = stripped(&binary.program, &run.directory().join("stripped"));
+        let luggage = Luggage {
+            binary: stripped.as_deref().unwrap_or(&binary.program),
+            project: &binary.directory,
+            with: &with,
+            attachments: &attachments,
+        };
+        luggage.pack(&Saved::archive(run.directory()))?;
+        let _ = stripped.map(std::fs::remove_file);
+        let plan = Plan { server: client.base().to_owned(), common, scenarios };
+        let saved = Saved::begin(run.directory(), plan)?;
+        Ok(Work { client, run, saved, left: Left::default() })
+    }
+
+    fn resume(&self, id: &str) -> Result<Work> {
+        let run = Run::reopen(Project::here()?.environment, id)?;
+        let (saved, left) = Saved::resume(&run)?;
+        let at = &saved.plan().server;
+        let login = Login::from_environment()?;
+        match &self.server {
+            Some(server) if Client::for_user(server, None).base() != at => {
+                let base = Client::for_user(server, None).base().to_owned();
+                let what = format!("the jobs of run {} are at {at}, not at {base}", run.id());
+                bail!(Fault::host(what).fix(format!("give `--server {at}`")));
+            }
+            // A file is not who we give a secret to.
+            None if login.is_some() => {
+                let what = format!("the jobs of run {} are at {at}", run.id());
+                bail!(Fault::host(what).fix(format!("give `--server {at}` if that is to have your login")));
+            }
+            _ => {}
+        }
+        // Who we are to it may be in what was given, and is in no file.
+        let client = Client::for_user(self.server.as_ref().unwrap_or(at), login);
+        terminal::say(&format!(
+            "run {}: {} of {} scenarios have a verdict",
+            run.id(),
+            left.rows.len(),
+            saved.plan().scenarios.len()
+        ));
+        Ok(Work { client, run, saved, left })
     }
 
     fn binary(&self) -> Result<Binary> {
@@ -183,57 +243,18 @@ impl RunArgs {
         with.dedup();
         Ok(with)
     }
-
-    fn print(&self, rows: &[(&str, &Row)], run: &Run, shards: usize, lost: usize) -> Result<()> {
-        let mut counts: BTreeMap<Outcome, usize> = BTreeMap::new();
-        rows.iter().for_each(|(_, row)| *counts.entry(row.outcome).or_default() += 1);
-        if self.json {
-            let scenario = |(name, row): &(&str, &Row)| {
-                json!({
-                    "scenario": name, "outcome": row.outcome, "seconds": row.seconds, "host": row.host,
-                    "reason": row.reason,
-                })
-            };
-            let counts: Map<String, Value> =
-                counts.iter().map(|(outcome, count)| (outcome.to_string(), json!(count))).collect();
-            return terminal::print_json(&json!({
-                "run_id": run.id(), "evidence": run.directory(), "shards": shards, "lost_shards": lost,
-                "outcomes": counts, "scenarios": rows.iter().map(scenario).collect::<Vec<_>>(),
-            }));
-        }
-        let mut table = Table::new(["SCENARIO", "OUTCOME", "SECONDS", "HOST", "WHY"]);
-        for (name, row) in rows {
-            let reason = visible(row.reason.as_deref().unwrap_or_default());
-            let colour = match row.outcome {
-                Outcome::Passed => Colour::Green,
-                Outcome::Ignored | Outcome::Deferred => Colour::Dim,
-                _ => Colour::Red,
-            };
-            table.row([
-                visible(name).into(),
-                Cell::coloured(row.outcome.to_string(), colour),
-                format!("{:.1}", row.seconds).into(),
-                visible(&row.host).into(),
-                reason.lines().next().unwrap_or_default().into(),
-            ]);
-        }
-        terminal::print(&table.render(Paint::of(&io::stdout())))?;
-        let counts: Vec<_> = counts.iter().map(|(outcome, count)| format!("{count} {outcome}")).collect();
-        let lost = if lost == 0 { String::new() } else { format!(", {lost} of them lost") };
-        terminal::say(&format!(
-            "scenarios: {}; {shards} {}{lost}; evidence in {}",
-            counts.join(", "),
-            if shards == 1 { "shard" } else { "shards" },
-            run.directory().display()
-        ));
-        Ok(())
-    }
 }
 
-/// Taken by an agent, and not brought back.
-fn is_lost(shard: &shakedown::testflinger::fleet::shards::Shard) -> bool {
-    use shakedown::testflinger::fleet::shards::State;
-    matches!(shard.state, State::Lost(_)) && shard.agent.is_some()
+/// The run before this one may have been killed, and its jobs hold hosts.
+fn tell_of_a_killed_one(environment: &Environment) {
+    let latest = environment.log_root.join("latest");
+    if saved::was_killed(&latest) {
+        let run = std::fs::read_link(&latest).unwrap_or_default();
+        terminal::say(&format!(
+            "run {0} was killed, and its jobs go on: `shakedown fleet run --resume {0}` goes on with it",
+            run.display()
+        ));
+    }
 }
 
 /// What each scenario is expected to take: its median, or what the others usually do.
@@ -251,66 +272,4 @@ fn stripped(binary: &Path, to: &Path) -> Option<PathBuf> {
     let mut command = Command::new("strip");
     command.arg("--strip-debug").arg("-o").arg(to).arg(binary);
     process::output(command, &Deadline::after(STRIP, "strip")).ok().map(|_| to.to_owned())
-}
-
-fn template(file: &Path) -> Result<Map<String, Value>> {
-    let cannot = || Fault::host(format!("cannot use the template {}", file.display()));
-    let text = std::fs::read_to_string(file).with_context(cannot)?;
-    let value: Value = serde_saphyr::from_str(&text).map_err(|error| cannot().because(error.to_string()))?;
-    match value {
-        Value::Object(map) => Ok(map),
-        _ => Err(cannot().because("it is no mapping of keys to values").into()),
-    }
-}
-
-/// What is seen while it runs: a line for each verdict, and on a terminal how far it is.
-struct Show {
-    bar: Option<ProgressBar>,
-    paint: Paint,
-    all: usize,
-}
-
-impl Show {
-    fn new(all: usize) -> Self {
-        Self { bar: super::progress::spinner(), paint: Paint::of(&io::stderr()), all }
-    }
-
-    fn notice(&self, notice: &Notice<'_>) {
-        match notice {
-            Notice::Line(text) => self.line(text),
-            Notice::Verdict(name, row) => {
-                let outcome = row.outcome.to_string();
-                let outcome = match row.outcome {
-                    Outcome::Passed => self.paint.paint(Colour::Green, &outcome),
-                    Outcome::Ignored | Outcome::Deferred => outcome,
-                    _ => self.paint.paint(Colour::Red, &outcome),
-                };
-                self.line(&format!("{} ... {outcome} {}", visible(name), visible(&row.host)));
-            }
-            Notice::Progress(progress) => {
-                if let Some(bar) = &self.bar {
-                    bar.set_message(format!(
-                        "{} of {} scenarios done, {} shards run, {} wait",
-                        self.all - progress.scenarios_owed,
-                        self.all,
-                        progress.running,
-                        progress.waiting
-                    ));
-                }
-            }
-        }
-    }
-
-    fn line(&self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.suspend(|| terminal::say(text)),
-            None => terminal::say(text),
-        }
-    }
-
-    fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
-    }
 }

@@ -10,9 +10,9 @@ use anyhow::{Context, Result, ensure};
 use serde::Serialize;
 use shakedown::deadline::{Stop, human};
 use shakedown::fault::visible;
-use shakedown::process;
 use shakedown::testflinger::client::Login;
 use shakedown::testflinger::jobs::{self, Options, Outcome, Report, Row};
+use shakedown::{process, record};
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -121,7 +121,7 @@ impl Jobs {
 
 /// What Ctrl-C, or a server that is away, leaves behind.
 fn farewell(view: &View) -> String {
-    let line: Vec<_> = std::env::args_os().map(|word| process::quote(&word.to_string_lossy())).collect();
+    let line: Vec<_> = record::arguments().iter().map(|word| process::quote(word)).collect();
     let jobs = match view.unfinished() {
         0 => "No job was submitted that goes on.".to_owned(),
         1 => "1 job goes on without us.".to_owned(),

@@ -32,6 +32,6 @@ pub use environment::Environment;
 pub use evidence::Evidence;
 pub use ledger::Record;
 pub use metadata::{BootKind, Metadata, Outcome};
-pub use run::Run;
+pub use run::{Run, arguments};
 pub use scratch::Scratch;
 pub use sweep::{Swept, sweep};

@@ -8,8 +8,9 @@ use super::metadata::{
 };
 use super::{Environment, Evidence, files};
 use crate::deadline::Deadline;
+use crate::fault::Fault;
 use crate::process;
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -18,7 +19,7 @@ use std::fs::{self, File};
 use std::hash::{BuildHasher, Hasher};
 use std::io;
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -64,7 +65,7 @@ impl Run {
     /// to the disk and asks git, so not for a mere list of scenarios.
     ///
     /// # Errors
-    /// A host [`Fault`](crate::fault::Fault) when the run directory cannot be made.
+    /// A host [`Fault`] when the run directory cannot be made.
     pub fn start(environment: Environment) -> Result<Self> {
         // nextest documents it as the same UUID in all processes of one run.
         let shared = std::env::var("NEXTEST_RUN_ID").ok().filter(|id| !id.is_empty());
@@ -79,10 +80,31 @@ impl Run {
         Self::start_in(environment, Some(name.to_owned()))
     }
 
+    /// Goes on with the run of this id, whose process is gone.
+    ///
+    /// # Errors
+    /// A host [`Fault`] when there is none.
+    pub fn reopen(environment: Environment, id: &str) -> Result<Self> {
+        let is_name = Path::new(id).components().eq([Component::Normal(id.as_ref())]);
+        let directory = environment.log_root.join(id);
+        if !is_name || !directory.join("run.json").exists() {
+            let roots = environment.log_root.display();
+            bail!(
+                Fault::host(format!("there is no run `{id}`"))
+                    .fix(format!("its id is a directory's name in {roots}"))
+            );
+        }
+        // Not the name of a link to it.
+        let directory = fs::canonicalize(&directory).with_context(|| files::cannot("find", &directory))?;
+        let file = files::read_json(&directory.join("run.json"))?;
+        let harness_args = arguments().into_iter().skip(1).collect();
+        Ok(Self { directory, environment, harness_args, file, joined: true })
+    }
+
     pub(super) fn start_in(environment: Environment, shared: Option<String>) -> Result<Self> {
         let log_root = &environment.log_root;
         fs::create_dir_all(log_root).with_context(|| files::cannot("make", log_root))?;
-        let mut argv: Vec<_> = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
+        let mut argv = arguments();
         let lock = RootLock::take(log_root)?;
         let joined = match &shared {
             Some(shared) => find(log_root, &shared_id(shared))?,
@@ -116,7 +138,7 @@ impl Run {
     /// Writes into `run.json` that this process is done with it.
     ///
     /// # Errors
-    /// A host [`Fault`](crate::fault::Fault) when the file cannot be written.
+    /// A host [`Fault`] when the file cannot be written.
     pub fn end(&self) -> Result<()> {
         let path = self.directory.join("run.json");
         let _lock = RootLock::take(&self.environment.log_root)?;
@@ -150,7 +172,7 @@ impl Run {
     /// Begins an execution of a scenario: its identity is on disk when this returns.
     ///
     /// # Errors
-    /// A host [`Fault`](crate::fault::Fault) when its directory cannot be made.
+    /// A host [`Fault`] when its directory cannot be made.
     pub fn scenario(&self, name: &str, markers: &[&str]) -> Result<Evidence> {
         Evidence::create(self, &self.environment.log_root, self.metadata(name, markers), self.ledger())
     }
@@ -168,7 +190,7 @@ impl Run {
     /// all in one write. Each is (name, markers, reason).
     ///
     /// # Errors
-    /// A host [`Fault`](crate::fault::Fault) when the ledger cannot be written.
+    /// A host [`Fault`] when the ledger cannot be written.
     pub fn not_run(&self, outcome: Outcome, scenarios: &[(&str, &[&str], &str)]) -> Result<()> {
         let Some(ledger) = self.ledger() else { return Ok(()) };
         let record = |(name, markers, reason): &(&str, &[&str], &str)| {
@@ -212,6 +234,30 @@ impl Run {
             env: self.environment.overrides.clone(),
         }
     }
+}
+
+/// The command line of this process, as it may be written down and shown: without the logins that
+/// addresses of servers may have.
+pub fn arguments() -> Vec<String> {
+    without_logins(std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()))
+}
+
+fn without_logins(arguments: impl IntoIterator<Item = String>) -> Vec<String> {
+    const SERVER: &str = "--server";
+    let mut is_server = false;
+    let hide = |argument: String| {
+        let was_server = std::mem::replace(&mut is_server, argument == SERVER);
+        let value = argument.strip_prefix(SERVER).and_then(|rest| rest.strip_prefix('='));
+        let scheme = argument.find("://").map(|at| at + "://".len());
+        let start = scheme.or(value.map(|value| argument.len() - value.len())).or(was_server.then_some(0));
+        let Some(start) = start else { return argument };
+        let end = argument[start..].find(['/', '?', '#']).map_or(argument.len(), |length| start + length);
+        match argument[start..end].rfind('@') {
+            Some(at) => format!("{}{}", &argument[..start], &argument[start + at + 1..]),
+            None => argument,
+        }
+    };
+    arguments.into_iter().map(hide).collect()
 }
 
 /// Makes the run directory; the caller holds the lock of the log root.

@@ -6,10 +6,13 @@
 //! server 1.5.0; the vocabulary knows nothing of HTTP, the client nothing of agents.
 
 pub mod agent;
+mod archive;
 pub mod client;
 pub mod device;
 pub mod fleet;
+mod gauge;
 pub mod jobs;
+pub mod template;
 pub mod wire;
 
 /// The name of an agent, as a part of the names of its files.

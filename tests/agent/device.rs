@@ -75,6 +75,26 @@ fn a_job_that_asks_for_what_cannot_be_does_not_take_the_agent_offline() {
     }
 }
 
+/// A project whose one image is no image.
+const BROKEN: &str = "[package]\nname = \"p\"\nversion = \"0.1.0\"\n\
+    [package.metadata.shakedown.images]\nbroken = { file = \"broken.iso\" }\n";
+
+#[test]
+fn an_image_that_cannot_be_had_is_the_affair_of_who_chose_it() {
+    for (config, data, expected) in [
+        ("project: project", json!({"distro": "broken"}), 1),
+        ("{project: project, image: broken}", json!({"ephemeral": true}), 46),
+    ] {
+        let host = Host::new(config, json!({"provision_data": data}));
+        let project = host.dir.path().join("project");
+        std::fs::create_dir(&project).expect("makes");
+        std::fs::write(project.join("Cargo.toml"), BROKEN).expect("writes");
+        std::fs::write(project.join("broken.iso"), "no image").expect("writes");
+        let (code, said) = host.call("provision");
+        assert!(code == Some(expected) && said.contains("broken.iso"), "{config}: {code:?} {said}");
+    }
+}
+
 #[test]
 fn what_every_job_would_meet_takes_the_agent_offline() {
     let job = json!({"provision_data": {"distro": "debian"}});
@@ -84,10 +104,13 @@ fn what_every_job_would_meet_takes_the_agent_offline() {
         assert!(code == Some(46) && said.contains(words), "{code:?} {said}");
         assert_eq!(host.error("provision")["exception_name"], "RecoveryError");
     }
-    // A host without QEMU: that is seen by the keeper, which has ended then.
+    // A host without QEMU, whatever the image: that is seen by the keeper, which has ended then.
     let host = Host::new("", job);
     let (code, said) = said(&host.command("provision").env("PATH", "/nowhere").output().expect("runs"));
-    assert!(code == Some(46) && said.contains("fix: "), "{code:?} {said}");
+    assert!(
+        code == Some(46) && said.contains("qemu-system-x86_64") && said.contains("fix: "),
+        "{code:?} {said}"
+    );
     let left = std::fs::read_dir(host.dir.path().join("cache/devices")).expect("made").count();
     assert_eq!(left, 0, "no record is left of what never ran");
 }

@@ -45,6 +45,18 @@ fn a_job_without_work_takes_no_time() {
 }
 
 #[test]
+fn a_job_needs_few_connections() {
+    let lab = lab("echo x; mkdir artifacts; echo x > artifacts/x");
+    let _agent = lab.start();
+    for _ in 0..5 {
+        let job = lab.submit(json!({"provision_data": {"distro": "x"}}));
+        lab.server.finished(&job);
+    }
+    let connected = lab.server.connected();
+    assert!(connected < 5, "{connected} connections for 5 jobs");
+}
+
+#[test]
 fn nothing_survives_a_cancelled_job_but_its_cleanup() {
     let mut lab = lab("setsid sleep 1234501 & (trap '' TERM; sleep 1234501) & echo begun; sleep 1234501");
     lab.config = lab.config.replace("echo CLEANUP", "'sleep 1.5; echo CLEANED'");

@@ -139,7 +139,9 @@ fn a_job_in_which_the_original_was_killed_is_cleaned_up_and_told() {
         let mut state = lab.server.state();
         let data = json!({"name": AGENT, "state": "test", "comment": "", "job_id": id, "queues": [QUEUE]});
         state.agents.insert(AGENT.into(), data.as_object().expect("an object").clone());
-        state.results.entry(id.clone()).or_default().state = "test".into();
+        let result = state.results.entry(id.clone()).or_default();
+        result.state = "test".into();
+        result.fragments.push(("output".into(), "test".into(), 7, "theirs\n".into()));
     }
     // What it started runs on.
     let mut survivor = std::process::Command::new("sleep")
@@ -151,7 +153,8 @@ fn a_job_in_which_the_original_was_killed_is_cleaned_up_and_told() {
     let _agent = lab.start();
     let result = lab.server.finished(&id);
     assert_eq!((result.status["setup"], result.status["test"], result.status["cleanup"]), (0, 100, 0));
-    assert!(result.output("test").contains("ERROR: The agent died during this phase"), "{result:?}");
+    let output = result.output("test");
+    assert!(output.starts_with("theirs\n\nERROR: The agent died during this phase"), "{output}");
     assert_eq!(result.artifact_names(), ["artifacts", "artifacts/file"]);
     assert!(!survivor.wait().expect("ends").success());
     lab.check();

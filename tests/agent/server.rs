@@ -1,10 +1,11 @@
 //! A Testflinger server of our own, for tests: what server 1.5.0 does for agents, as strictly, and every
 //! way in which a server and its network can misbehave.
 
+pub(crate) use crate::http::Fault;
+use crate::http::{Answer, Http, Request};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, VecDeque};
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::SocketAddr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -22,20 +23,18 @@ pub(crate) struct Seen {
 }
 
 impl Seen {
+    fn of(request: &Request) -> Self {
+        let Request { method, target: path, headers, body, json, .. } = request.clone();
+        Self { method, path, headers, body, json, status: 0 }
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.body).into_owned()
+    }
+
     pub(crate) fn is(&self, method: &str, path: &str) -> bool {
         self.method == method && self.path.split('?').next() == Some(path)
     }
-}
-
-/// What happens to a request instead of what should.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fault {
-    /// The connection breaks before the server has acted.
-    Drop,
-    /// The server has acted, and the answer is lost.
-    Lose,
-    /// An answer of this status; nothing was done.
-    Status(u16),
 }
 
 type Hook = Box<dyn FnMut(&Seen) -> Option<Fault> + Send>;
@@ -52,6 +51,8 @@ pub(crate) struct State {
     pub(crate) results: BTreeMap<String, Result>,
     pub(crate) attachments: BTreeMap<String, Vec<u8>>,
     pub(crate) provision_logs: Vec<Value>,
+    /// What came as a database of its own kind, once it was made.
+    pub(crate) points: Option<Vec<String>>,
     pub(crate) seen: Vec<Seen>,
     /// What no correct agent does.
     pub(crate) violations: Vec<String>,
@@ -59,8 +60,6 @@ pub(crate) struct State {
     tokens: Option<Vec<String>>,
     issued: u32,
     hook: Option<Hook>,
-    connections: Vec<TcpStream>,
-    is_down: bool,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -125,17 +124,16 @@ struct Shared {
 #[derive(Clone)]
 pub(crate) struct Server {
     shared: Arc<Shared>,
+    http: Http,
     pub(crate) address: SocketAddr,
 }
 
 impl Server {
     pub(crate) fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
-        let address = listener.local_addr().expect("an address");
         let shared = Arc::new(Shared { state: Mutex::default(), news: Condvar::new() });
-        let server = Self { shared, address };
-        server.listen(listener);
-        server
+        let of = Arc::clone(&shared);
+        let http = Http::start(Arc::new(move |request| of.answer(request)));
+        Self { shared, address: http.address, http }
     }
 
     /// Not listening yet: [`Self::up`] starts it.
@@ -145,55 +143,22 @@ impl Server {
         server
     }
 
-    fn listen(&self, listener: TcpListener) {
-        let server = self.clone();
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                let Ok(stream) = stream else { continue };
-                let mut state = server.state();
-                if state.is_down {
-                    return;
-                }
-                state.connections.push(stream.try_clone().expect("clones"));
-                drop(state);
-                let server = server.clone();
-                std::thread::spawn(move || server.converse(stream));
-            }
-        });
-    }
-
     /// Kills it: connections break, new ones are refused.
     pub(crate) fn down(&self) {
-        let mut state = self.state();
-        state.is_down = true;
-        for connection in state.connections.drain(..) {
-            let _ = connection.shutdown(Shutdown::Both);
-        }
-        drop(state);
-        // Wakes the thread that accepts, which ends then.
-        let _ = TcpStream::connect(self.address);
-        let begun = Instant::now();
-        while TcpStream::connect(self.address).is_ok() {
-            assert!(begun.elapsed() < Duration::from_secs(10), "it still listens");
-            std::thread::yield_now();
-        }
+        self.http.down();
     }
 
     pub(crate) fn up(&self) {
-        let begun = Instant::now();
-        let listener = loop {
-            match TcpListener::bind(self.address) {
-                Ok(listener) => break listener,
-                Err(error) => assert!(begun.elapsed() < Duration::from_secs(10), "{error}"),
-            }
-            std::thread::yield_now();
-        };
-        self.state().is_down = false;
-        self.listen(listener);
+        self.http.up();
+    }
+
+    /// How many connections there were.
+    pub(crate) fn connected(&self) -> usize {
+        self.http.connected()
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
-        self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.shared.state()
     }
 
     /// Waits until `ready` finds what it looks for.
@@ -260,92 +225,37 @@ impl Server {
     pub(crate) fn expire_tokens(&self) {
         self.state().tokens = Some(Vec::new());
     }
+}
 
-    fn converse(&self, stream: TcpStream) -> Option<()> {
-        let mut reader = BufReader::new(stream.try_clone().ok()?);
-        let mut stream = stream;
-        loop {
-            let mut seen = read_request(&mut reader)?;
-            let fault = {
-                let mut state = self.state();
-                if state.is_down {
-                    return None;
-                }
-                let mut hook = state.hook.take();
-                drop(state);
-                // Outside of the lock: it may look at the state.
-                let fault = hook.as_mut().and_then(|hook| hook(&seen));
-                let mut state = self.state();
-                if state.hook.is_none() {
-                    state.hook = hook;
-                }
-                fault
-            };
-            if fault == Some(Fault::Drop) {
-                let _ = stream.shutdown(Shutdown::Both);
-                return None;
-            }
-            let answer = match fault {
-                Some(Fault::Status(status)) => Answer::text(status, "injected"),
-                _ => self.state().act(&seen),
-            };
-            seen.status = answer.status;
-            self.state().seen.push(seen);
-            self.shared.news.notify_all();
-            if fault == Some(Fault::Lose) {
-                let _ = stream.shutdown(Shutdown::Both);
-                return None;
-            }
-            let mut head =
-                format!("HTTP/1.1 {} X\r\nContent-Length: {}\r\n", answer.status, answer.body.len());
-            for (name, value) in &answer.headers {
-                head.push_str(&format!("{name}: {value}\r\n"));
-            }
-            if answer.status == 204 {
-                head = head.replace("Content-Length: 0\r\n", "");
-            }
-            // In one piece: the kernel would hold the second one back for 40 ms.
-            stream.write_all(&[format!("{head}\r\n").as_bytes(), &answer.body].concat()).ok()?;
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn answer(&self, request: &Request) -> (Option<Answer>, Option<Fault>) {
+        let mut seen = Seen::of(request);
+        let mut hook = self.state().hook.take();
+        // Outside of the lock: it may look at the state.
+        let fault = hook.as_mut().and_then(|hook| hook(&seen));
+        let mut state = self.state();
+        if state.hook.is_none() {
+            state.hook = hook;
         }
+        if fault == Some(Fault::Drop) {
+            return (None, fault);
+        }
+        let answer = match fault {
+            Some(Fault::Status(status)) => Answer::text(status, "injected"),
+            _ => state.act(&seen),
+        };
+        seen.status = answer.status;
+        state.seen.push(seen);
+        self.news.notify_all();
+        (Some(answer), fault)
     }
-}
-
-fn read_request(reader: &mut BufReader<TcpStream>) -> Option<Seen> {
-    let mut line = String::new();
-    reader.read_line(&mut line).ok()?;
-    let mut words = line.split_whitespace();
-    let (method, path) = (words.next()?.to_owned(), words.next()?.to_owned());
-    let mut headers = BTreeMap::new();
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line).ok()?;
-        let Some((name, value)) = line.split_once(':') else { break };
-        headers.insert(name.to_lowercase(), value.trim().to_owned());
-    }
-    let length = headers.get("content-length").and_then(|length| length.parse().ok()).unwrap_or(0);
-    let mut body = vec![0; length];
-    // A body that ends early is no request: nothing of it is acted upon.
-    reader.read_exact(&mut body).ok()?;
-    let json = serde_json::from_slice(&body).unwrap_or(Value::Null);
-    Some(Seen { method, path, headers, body, json, status: 0 })
-}
-
-struct Answer {
-    status: u16,
-    headers: Vec<(String, String)>,
-    body: Vec<u8>,
 }
 
 impl Answer {
-    fn json(value: &Value) -> Self {
-        let headers = vec![("Content-Type".into(), "application/json".into())];
-        Self { status: 200, headers, body: value.to_string().into_bytes() }
-    }
-
-    fn text(status: u16, text: &str) -> Self {
-        Self { status, headers: Vec::new(), body: text.as_bytes().to_vec() }
-    }
-
     fn ok() -> Self {
         Self::text(200, "OK")
     }
@@ -361,56 +271,83 @@ impl State {
             self.issued += 1;
             let token = format!("TOKEN-{}", self.issued);
             self.tokens.get_or_insert_default().push(token.clone());
-            return Answer::json(&json!({"access_token": token, "expires_in": 600, "token_type": "Bearer"}));
+            return Answer::json(
+                200,
+                &json!({"access_token": token, "expires_in": 600, "token_type": "Bearer"}),
+            );
+        }
+        if path == "/query" || path == "/write" {
+            return self.influx(seen).unwrap_or_else(|| {
+                self.violations.push(format!("no InfluxDB takes: {} {}", seen.path, seen.text()));
+                Answer::text(400, "{\"error\":\"unable to parse\"}")
+            });
         }
         if let Some(refusal) = self.refusal(seen, path) {
             return refusal;
         }
         let parts: Vec<_> = path.trim_start_matches("/v1").trim_matches('/').split('/').collect();
-        let answer =
-            match (seen.method.as_str(), &parts[..]) {
-                ("GET", [""]) => Some(Answer::text(200, "Testflinger Server v1.5.0")),
-                ("POST", ["agents", "data", agent]) => self.update_agent(agent, &seen.json),
-                ("GET", ["agents", "data", agent]) => Some(self.agents.get(*agent).map_or_else(
-                    || Answer::text(404, "{}"),
-                    |data| Answer::json(&Value::Object(data.clone())),
-                )),
-                ("POST", ["agents", "queues"]) => texts(&seen.json).map(|queues| {
-                    self.queues.extend(queues);
-                    Answer::ok()
-                }),
-                ("POST", ["agents", "images"]) => seen.json.as_object().and_then(|images| {
-                    for (queue, images) in images {
-                        self.images.insert(queue.clone(), json!(texts(images)?));
-                    }
-                    Some(Answer::ok())
-                }),
-                ("POST", ["agents", "provision_logs", _]) => {
-                    fields(&seen.json, &["job_id", "exit_code", "detail"]).map(|_| {
-                        self.provision_logs.push(seen.json.clone());
-                        Answer::ok()
-                    })
+        let answer = match (seen.method.as_str(), &parts[..]) {
+            ("GET", [""]) => Some(Answer::text(200, "Testflinger Server v1.5.0")),
+            ("POST", ["agents", "data", agent]) => self.update_agent(agent, &seen.json),
+            ("GET", ["agents", "data", agent]) => Some(self.agents.get(*agent).map_or_else(
+                || Answer::text(404, "{}"),
+                |data| Answer::json(200, &Value::Object(data.clone())),
+            )),
+            ("POST", ["agents", "queues"]) => texts(&seen.json).map(|queues| {
+                self.queues.extend(queues);
+                Answer::ok()
+            }),
+            ("POST", ["agents", "images"]) => seen.json.as_object().and_then(|images| {
+                for (queue, images) in images {
+                    self.images.insert(queue.clone(), json!(texts(images)?));
                 }
-                ("GET", ["job"]) => Some(self.take_job(query)),
-                ("GET", ["job", job, "attachments"]) => Some(self.attachments.get(*job).map_or_else(
-                    || Answer::text(204, ""),
-                    |archive| Answer { status: 200, headers: Vec::new(), body: archive.clone() },
-                )),
-                ("POST", ["job", job, "events"]) => self.events(job, &seen.json),
-                ("GET", ["result", job]) => Some(self.result(job)),
-                ("POST", ["result", job]) => self.update_result(job, &seen.json),
-                ("GET", ["result", job, "log", log]) => Some(self.log(job, log, query)),
-                ("POST", ["result", job, "log", log]) => self.fragment(job, log, &seen.json),
-                ("POST", ["result", job, "artifact"]) => self.artifact(job, seen),
-                _ => Some(Answer::text(404, "no such endpoint")),
-            };
+                Some(Answer::ok())
+            }),
+            ("POST", ["agents", "provision_logs", _]) => {
+                fields(&seen.json, &["job_id", "exit_code", "detail"]).map(|_| {
+                    self.provision_logs.push(seen.json.clone());
+                    Answer::ok()
+                })
+            }
+            ("GET", ["job"]) => Some(self.take_job(query)),
+            ("GET", ["job", job, "attachments"]) => Some(self.attachments.get(*job).map_or_else(
+                || Answer::text(204, ""),
+                |archive| Answer { status: 200, headers: Vec::new(), body: archive.clone() },
+            )),
+            ("POST", ["job", job, "events"]) => self.events(job, &seen.json),
+            ("GET", ["result", job]) => Some(self.result(job)),
+            ("POST", ["result", job]) => self.update_result(job, &seen.json),
+            ("GET", ["result", job, "log", log]) => Some(self.log(job, log, query)),
+            ("POST", ["result", job, "log", log]) => self.fragment(job, log, &seen.json),
+            ("POST", ["result", job, "artifact"]) => self.artifact(job, seen),
+            _ => Some(Answer::text(404, "no such endpoint")),
+        };
         answer.unwrap_or_else(|| {
             self.violations.push(format!("422: {} {} {}", seen.method, seen.path, seen.json));
-            Answer::json(
-                &json!({"message": "Validation error", "detail": {"json": {"field": ["Unknown field."]}}}),
-            )
-            .with(422)
+            let detail = json!({"json": {"field": ["Unknown field."]}});
+            Answer::json(422, &json!({"message": "Validation error", "detail": detail}))
         })
+    }
+
+    /// What InfluxDB 1 does with the requests of the original.
+    fn influx(&mut self, seen: &Seen) -> Option<Answer> {
+        // `me:pw`
+        if (seen.method.as_str(), seen.headers.get("authorization")?.as_str()) != ("POST", "Basic bWU6cHc=") {
+            return None;
+        }
+        if seen.path == "/query?q=CREATE+DATABASE+%22agent_jobs%22" {
+            self.points.get_or_insert_default();
+            return Some(Answer::json(200, &json!({"results": [{"statement_id": 0}]})));
+        }
+        let shape =
+            r#"^phase\\ result,agent=(?:[^ ,=\\]|\\[ ,=])+ (phase="[a-z_]+"(?:,result=\d+i)?) \d{19}\n$"#;
+        let point = regex::Regex::new(shape).expect("a regex").captures(&seen.text())?[1].to_owned();
+        (seen.path == "/write?db=agent_jobs").then_some(())?;
+        let Some(points) = &mut self.points else {
+            return Some(Answer::text(404, "{\"error\":\"database not found: \\\"agent_jobs\\\"\"}"));
+        };
+        points.push(point);
+        Some(Answer::text(204, ""))
     }
 
     /// 401 and 403, and what an agent must send with every request.
@@ -424,11 +361,13 @@ impl State {
         }
         let tokens = self.tokens.as_ref()?;
         let bearer = seen.headers.get("authorization").and_then(|value| value.strip_prefix("Bearer "));
-        let answer = |status, message: &str| {
-            Some(Answer::json(&json!({"detail": {}, "message": message})).with(status))
-        };
+        let answer =
+            |status, message: &str| Some(Answer::json(status, &json!({"detail": {}, "message": message})));
+        let is_contributors = seen.method == "GET" && path.contains("/log/");
         match bearer {
-            Some(bearer) if tokens.iter().any(|token| token == bearer) => None,
+            Some(bearer) if tokens.iter().any(|token| token == bearer) => {
+                is_contributors.then(|| answer(403, "Specified action requires role: contributor"))?
+            }
             Some(_) => answer(401, "Token has expired"),
             None if seen.method == "GET" && path != "/v1/job" => None,
             None => answer(403, "Specified action requires role: agent"),
@@ -448,7 +387,7 @@ impl State {
             "updated_at".into(),
             jiff::Timestamp::now().strftime("%Y-%m-%dT%H:%M:%SZ").to_string().into(),
         );
-        let mut answer = Answer::json(&json!({"status": "OK"}));
+        let mut answer = Answer::json(200, &json!({"status": "OK"}));
         let cookie = format!("agent_name={agent}; HttpOnly; Path=/; SameSite=Strict");
         answer.headers.push(("Set-Cookie".into(), cookie));
         Some(answer)
@@ -464,7 +403,7 @@ impl State {
         let id = job["job_id"].as_str().expect("an id").to_owned();
         self.results.entry(id.clone()).or_default().state = "running".into();
         self.taken.push(id);
-        Answer::json(&job)
+        Answer::json(200, &job)
     }
 
     fn events(&mut self, job: &str, json: &Value) -> Option<Answer> {
@@ -498,7 +437,7 @@ impl State {
                 answer.insert(format!("{phase}_status"), (*status).into());
             }
         }
-        Answer::json(&json!(answer))
+        Answer::json(200, &json!(answer))
     }
 
     fn update_result(&mut self, job: &str, json: &Value) -> Option<Answer> {
@@ -542,7 +481,7 @@ impl State {
                 ((*phase).to_owned(), json!({"last_fragment_number": last, "log_data": text}))
             })
             .collect();
-        Answer::json(&json!({log: phases}))
+        Answer::json(200, &json!({log: phases}))
     }
 
     fn artifact(&mut self, job: &str, seen: &Seen) -> Option<Answer> {
@@ -555,13 +494,6 @@ impl State {
         (seen.body.starts_with(head.as_bytes()) && seen.body.ends_with(tail.as_bytes())).then_some(())?;
         self.results.entry(job.into()).or_default().artifact = Some(seen.body.clone());
         Some(Answer::ok())
-    }
-}
-
-impl Answer {
-    fn with(mut self, status: u16) -> Self {
-        self.status = status;
-        self
     }
 }
 

@@ -71,6 +71,10 @@ impl Lab {
     }
 
     pub(crate) fn start_with(&self, args: &[&str]) -> Running {
+        Running::start(self.command(args))
+    }
+
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let config = self.path("testflinger-agent.conf");
         std::fs::write(&config, &self.config).expect("writes");
         let mut command = Command::new(env!("CARGO_BIN_EXE_shakedown"));
@@ -78,7 +82,8 @@ impl Lab {
         if !args.contains(&"--token-file") {
             command.arg("--token-file").arg(self.path("no-token"));
         }
-        Running::start(command)
+        command.env_remove("INFLUX_HOST");
+        command
     }
 
     /// A token, as the charm writes it.

@@ -358,16 +358,22 @@ fn usr1_while_busy() {
 
 #[test]
 fn restart_while_idle() {
-    let mut lab = Lab::with(Server::start(), "rst", "");
-    lab.config.push_str("identifier: cid-rst\nlocation: here\nprovision_type: noprovision\n");
-    let mut agent = lab.start();
-    lab.server
-        .until("it asks for work", |state| state.seen.iter().any(|s| s.is("GET", "/v1/job")).then_some(()));
-    lab.server.set_agent("rst", "restart", "pls restart");
-    assert_eq!(agent.ended(), 1);
-    let state = lab.server.state();
-    let last = state.seen.iter().rev().find(|seen| seen.method == "POST").expect("a post");
-    assert_eq!(last.json, json!({"state": "restart", "comment": "pls restart"}));
+    let mut stage = Stage::new("rst", str::to_owned, |lab, _| {
+        let server = lab.server.clone();
+        std::thread::spawn(move || {
+            server.until("it asks for work", |state| {
+                state.seen.iter().any(|seen| seen.is("GET", "/v1/job")).then_some(())
+            });
+            server.set_agent("rst", "restart", "pls restart");
+        });
+    });
+    assert_eq!(stage.agent.ended(), 1);
+    stage.passes_with(|expected| {
+        // As after SIGUSR1.
+        if let Some(Said::Post(_, body)) = expected.last_mut() {
+            body["state"] = "restart".into();
+        }
+    });
 }
 
 pub(crate) fn archive(members: &[(&str, &str, u32)]) -> Vec<u8> {

@@ -1,6 +1,6 @@
 //! Hosts that take jobs from the fake server and run their scripts.
 
-use crate::server::{Job, Server};
+use crate::server::{Job, Server, State};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use serde_json::{Value, json};
@@ -53,6 +53,8 @@ pub(crate) fn example(name: &str) -> &'static Path {
 pub(crate) struct Lab {
     pub(crate) server: Server,
     pub(crate) dir: tempfile::TempDir,
+    /// The test binary.
+    pub(crate) binary: PathBuf,
     stop: Arc<AtomicBool>,
     hosts: Vec<std::thread::JoinHandle<()>>,
 }
@@ -80,13 +82,30 @@ impl Lab {
                 std::thread::spawn(move || host.work())
             })
             .collect();
-        Self { server, dir, stop, hosts }
+        // What travels is small, since the hosts are this one.
+        let binary = dir.path().join("scenarios.sh");
+        let script = format!("#!/bin/sh\nexec '{}' \"$@\"\n", example("selftest").display());
+        std::fs::write(&binary, script).expect("writes");
+        std::fs::set_permissions(&binary, std::fs::Permissions::from_mode(0o755)).expect("sets");
+        Self { server, dir, binary, stop, hosts }
     }
 
     pub(crate) fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.bare_command();
+        command.args(["--queue", QUEUE, "--binary"]).arg(&self.binary).args(arguments);
+        command
+    }
+
+    /// One that goes on with a run, which says what it is about.
+    pub(crate) fn resume(&self, run: &str) -> Command {
+        let mut command = self.bare_command();
+        command.args(["--resume", run]);
+        command
+    }
+
+    fn bare_command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_shakedown"));
-        command.args(["fleet", "run", "--json", "--queue", QUEUE, "--server", &self.server.address()]);
-        command.arg("--binary").arg(example("selftest")).args(arguments);
+        command.args(["fleet", "run", "--json", "--server", &self.server.address()]);
         command.current_dir(self.dir.path()).stdin(Stdio::null());
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         for (name, _) in std::env::vars_os() {
@@ -111,7 +130,7 @@ impl Lab {
 
 impl Drop for Lab {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::SeqCst);
+        self.server.change(|_| self.stop.store(true, Ordering::SeqCst));
         self.hosts.drain(..).for_each(|host| drop(host.join()));
         self.server.check();
     }
@@ -161,16 +180,17 @@ struct Host {
 
 impl Host {
     fn work(&self) {
-        while !self.stop.load(Ordering::SeqCst) {
-            match self.take() {
-                Some(job) => self.perform(&job),
-                None => std::thread::sleep(std::time::Duration::from_millis(20)),
-            }
+        // Until there is news of a job, or of the end of the test.
+        let next = |state: &mut State| match self.stop.load(Ordering::SeqCst) {
+            true => Some(None),
+            false => self.take(state).map(Some),
+        };
+        while let Some(job) = self.server.wait(next) {
+            self.perform(&job);
         }
     }
 
-    fn take(&self) -> Option<Job> {
-        let mut state = self.server.state();
+    fn take(&self, state: &mut State) -> Option<Job> {
         let excluded = |job: &Job| {
             job.data["exclude_agents"]
                 .as_array()
@@ -185,11 +205,12 @@ impl Host {
     }
 
     fn change(&self, id: &str, change: impl FnOnce(&mut Job)) {
-        let mut state = self.server.state();
-        let job = state.jobs.iter_mut().find(|job| job.id == id).expect("the job");
-        if job.state != "cancelled" {
-            change(job);
-        }
+        self.server.change(|state| {
+            let job = state.jobs.iter_mut().find(|job| job.id == id).expect("the job");
+            if job.state != "cancelled" {
+                change(job);
+            }
+        });
     }
 
     fn say(&self, id: &str, phase: &str, text: &str) {

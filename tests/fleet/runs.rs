@@ -1,6 +1,6 @@
 //! Whole runs.
 
-use crate::host::{Lab, Manner, QUEUE};
+use crate::host::{Lab, Manner, QUEUE, example};
 use rustix::process::{Pid, Signal, kill_process};
 use shakedown::record::{Outcome, ledger};
 use std::path::PathBuf;
@@ -20,7 +20,8 @@ impl Lab {
 
 #[test]
 fn hosts_of_a_queue_make_one_run() {
-    let lab = Lab::new(&[Works, Works]);
+    let mut lab = Lab::new(&[Works, Works]);
+    lab.binary = example("selftest").to_owned();
     let ended = lab.run(&["-m", "not(broken)"]);
     assert_eq!(ended.code, Some(0), "{}", ended.err);
     let ignored = |name: &'static str| (name, "ignored");
@@ -140,6 +141,46 @@ fn ctrl_c_cancels_all_jobs_and_marks_what_is_not_finished() {
     assert!(lab.jobs().iter().all(|job| job.state == "cancelled"));
     let outcomes: Vec<_> = lab.ledger().iter().map(|record| record.outcome).collect();
     assert_eq!(outcomes, [Outcome::Interrupted, Outcome::Interrupted]);
+}
+
+#[test]
+fn ctrl_c_cancels_also_a_job_whose_submission_had_no_answer() {
+    use crate::http::Fault;
+    let lab = Lab::new(&[]);
+    let agent = serde_json::json!({"name": "host0", "state": "waiting"});
+    lab.server.state().queues.insert(QUEUE.into(), vec![agent]);
+    lab.server.misbehave(|request| match request.method.as_str() {
+        "POST" if request.path == "/v1/job" => Some(Fault::Lose),
+        // Whether it is there is not said either.
+        "GET" if request.path.starts_with("/v1/job/") => Some(Fault::Status(503)),
+        _ => None,
+    });
+    let child = lab.command(&["passes", "--shards", "1"]).spawn().expect("starts");
+    lab.server.until("it asks whether the job is there", |state| {
+        let looked = state.seen.iter().any(|(_, status)| *status == 503);
+        (looked && state.jobs.len() == 1).then_some(())
+    });
+    kill_process(Pid::from_child(&child), Signal::INT).expect("signals");
+    let output = child.wait_with_output().expect("ends");
+    assert_eq!(output.status.code(), Some(130), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(lab.jobs()[0].state, "cancelled");
+}
+
+#[test]
+fn files_of_the_template_travel_with_each_shard() {
+    let lab = Lab::new(&[Works]);
+    let path = |name: &str| lab.dir.path().join(name);
+    std::fs::write(path("image.img"), "an image").expect("writes");
+    let template =
+        "provision_data:\n  distro: x\n  attachments:\n    - {local: image.img, agent: /boot/own.img}\n";
+    std::fs::write(path("job.yaml"), template).expect("writes");
+    let ended = lab.run(&["passes", "--template", "job.yaml"]);
+    assert_eq!(ended.code, Some(0), "{}", ended.err);
+    for job in lab.jobs() {
+        let provision = serde_json::json!({"distro": "x", "attachments": [{"agent": "boot/own.img"}]});
+        assert_eq!(job.data["provision_data"], provision);
+        assert_eq!(job.unpacked()["provision/boot/own.img"], b"an image");
+    }
 }
 
 #[test]

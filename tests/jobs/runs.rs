@@ -232,6 +232,32 @@ fn a_login_is_used_and_its_token_renewed() {
 }
 
 #[test]
+fn a_login_is_not_sent_in_clear_text_that_nobody_asked_for() {
+    let mut desk = Desk::new(&[("m1", &[passed()])]);
+    desk.env = vec![("TESTFLINGER_CLIENT_ID", "me".into()), ("TESTFLINGER_SECRET_KEY", "sesame".into())];
+    desk.run(&["--server", "tf.invalid"]).is(1).says("write `https://tf.invalid`");
+    // Here it does not leave the host.
+    desk.server.wants_login("me", "sesame");
+    desk.run(&["--server", desk.server.address().trim_start_matches("http://")]).is(0);
+}
+
+#[test]
+fn who_we_are_in_an_address_is_sent_and_in_no_file_and_no_log() {
+    let desk = Desk::new(&[("m1", &[passed()])]);
+    let address = desk.server.address().replace("http://", "http://me:s3same@");
+    let ended = desk.run(&["--server", &address]);
+    ended.is(0);
+    let basic = desk.server.state().seen.iter().all(|(request, _)| {
+        request.headers.get("authorization").is_some_and(|value| value == "Basic bWU6czNzYW1l")
+    });
+    assert!(basic, "a server in front of it may want it");
+    let files = std::process::Command::new("grep").args(["-r", "s3same"]).arg(desk.dir.path()).output();
+    let files = String::from_utf8_lossy(&files.expect("runs").stdout).into_owned();
+    let said = files + &ended.stdout + &ended.stderr;
+    assert!(!said.contains("s3same"), "{said}");
+}
+
+#[test]
 fn a_login_goes_to_no_server_that_only_a_file_names() {
     let mut desk = Desk::new(&[("m1", &[passed()])]);
     desk.run(&["--send-jobs"]).is(0);

@@ -19,8 +19,12 @@ use std::time::{Duration, Instant};
 
 /// Agents beside the first one, when the cost of a further one is measured.
 const FURTHER: usize = 10;
-/// About 100 MB, and it writes its own duration to a file that it is given.
-const TALK: &str = "begin=$(date +%s%N); seq 12500000; end=$(date +%s%N); echo $((end - begin)) > ";
+/// About 100 MB, and it adds its own duration to a file that it is given.
+const TALK: &str = "begin=$(date +%s%N); seq 12500000; end=$(date +%s%N); echo $((end - begin)) >> ";
+/// How often both readers have their turn.
+const PAIRS: usize = 11;
+/// How often the command talks in a turn: once takes a fifth of a second, in which a host has its moods.
+const TALKS: usize = 4;
 const NO_WORK: &str =
     "setup_command: 'true'\nprovision_command: 'true'\ntest_command: 'true'\ncleanup_command: 'true'\n";
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -38,36 +42,81 @@ pub(super) fn measure(runs: u32) -> Result<Samples> {
             (many.idle_mib()? - one.idle_mib()?) / FURTHER as f64,
             one.start_ms()?,
             one.job_seconds()?,
-            slowdown()?,
         ];
         for ((name, all), figure) in samples.iter_mut().zip(figures) {
             terminal::say(&format!("{name}: {figure:.3}"));
             all.push(figure);
         }
     }
+    if let Some((name, all)) = samples.last_mut() {
+        let talk = Talk::new()?;
+        for pair in 0..PAIRS * runs as usize {
+            // In turns (A B, B A): what drifts hits both alike.
+            let (alone, agent) = if pair % 2 == 0 {
+                let alone = talk.alone()?;
+                (alone, talk.agent()?)
+            } else {
+                let agent = talk.agent()?;
+                (talk.alone()?, agent)
+            };
+            let figure = (agent / alone - 1.0) * 100.0;
+            terminal::say(&format!("{name}: {figure:.1} ({alone:.3} s alone, {agent:.3} s)"));
+            all.push(figure);
+        }
+    }
     Ok(samples)
 }
 
-/// By how much a command that talks a lot is slower under the agent than with a reader that throws
-/// its output away.
-fn slowdown() -> Result<f64> {
-    let lab = Lab::new(1, "test_command: sh ../../talk\n")?;
-    let time = lab.dir.path().join("time");
-    std::fs::write(lab.dir.path().join("talk"), format!("{TALK}{}\n", time.display()))?;
-    let seconds = || -> Result<f64> {
-        let text = std::fs::read_to_string(&time).context("the command did not tell its time")?;
-        Ok(text.trim().parse::<f64>()? / 1e9)
-    };
-    let mut command = Command::new("/bin/sh");
-    command.arg(lab.dir.path().join("talk")).stdin(Stdio::null()).stdout(Stdio::piped());
-    let mut child = process::spawn(command)?;
-    if let (_, Some(mut output), _) = child.pipes() {
-        std::io::copy(&mut output, &mut std::io::sink())?;
+/// A command that talks a lot: how long it takes under the agent, and with a reader that throws its
+/// output away.
+struct Talk {
+    lab: Lab,
+    _agent: Child,
+}
+
+impl Talk {
+    fn new() -> Result<Self> {
+        let lab = Lab::new(1, "test_command: sh ../../talk\n")?;
+        let script = format!("{TALK}{}\n", lab.dir.path().join("time").display());
+        std::fs::write(lab.dir.path().join("talk"), script)?;
+        let agent = lab.start()?;
+        Ok(Self { lab, _agent: agent })
     }
-    child.wait(&Deadline::after(PATIENCE, "bench agent"))?;
-    let alone = seconds()?;
-    lab.job_seconds()?;
-    Ok((seconds()? / alone - 1.0) * 100.0)
+
+    fn alone(&self) -> Result<f64> {
+        rustix::fs::sync();
+        (0..TALKS).try_for_each(|_| self.talk())?;
+        self.seconds()
+    }
+
+    fn talk(&self) -> Result<()> {
+        let mut command = Command::new("/bin/sh");
+        command.arg(self.lab.dir.path().join("talk")).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut child = process::spawn(command)?;
+        if let (_, Some(mut output), _) = child.pipes() {
+            let mut buffer = vec![0; 64 << 10];
+            while output.read(&mut buffer)? > 0 {}
+        }
+        child.wait(&Deadline::after(PATIENCE, "bench agent")).map(drop)
+    }
+
+    fn agent(&self) -> Result<f64> {
+        rustix::fs::sync();
+        self.lab.run_jobs(TALKS)?;
+        self.seconds()
+    }
+
+    /// What the command said of its time in this turn.
+    fn seconds(&self) -> Result<f64> {
+        let file = self.lab.dir.path().join("time");
+        let text = std::fs::read_to_string(&file).context("the command did not tell its time")?;
+        std::fs::remove_file(&file)?;
+        let times: Vec<f64> = text.lines().map(str::parse).collect::<Result<_, _>>()?;
+        if times.len() != TALKS {
+            bail!("the command told its time {} times, not {TALKS}", times.len());
+        }
+        Ok(times.iter().sum::<f64>() / 1e9)
+    }
 }
 
 /// A stub server, and the configurations of agents for it.
@@ -126,17 +175,24 @@ impl Lab {
 
     /// From the moment a job is handed out to its outcome.
     fn job_seconds(&self) -> Result<f64> {
-        let id = format!("bench-{}", self.stub.lock().seen);
-        let job = json!({"job_id": id, "job_queue": "bench", "provision_data": {"distro": "none"},
-            "test_data": {"test_cmds": "none"}});
+        let _agent = self.start()?;
+        self.run_jobs(1)
+    }
+
+    /// The same of some jobs in a row, when an agent runs.
+    fn run_jobs(&self, count: usize) -> Result<f64> {
         {
             let mut state = self.stub.lock();
-            (state.taken, state.complete) = (None, None);
-            state.jobs.push_back(job.to_string());
+            (state.taken, state.complete) = (None, Vec::new());
+            for number in 0..count {
+                let id = format!("bench-{}-{number}", state.seen);
+                let job = json!({"job_id": id, "job_queue": "bench", "provision_data": {"distro": "none"},
+                    "test_data": {"test_cmds": "none"}});
+                state.jobs.push_back(job.to_string());
+            }
         }
-        let _agent = self.start()?;
-        let (taken, complete) =
-            self.stub.until("the job is complete", |state| Some((state.taken?, state.complete?)))?;
+        let all = |state: &State| Some((state.taken?, *state.complete.get(count - 1)?));
+        let (taken, complete) = self.stub.until("all jobs are complete", all)?;
         Ok((complete - taken).as_secs_f64())
     }
 }
@@ -153,7 +209,7 @@ struct State {
     seen: usize,
     first: Option<Instant>,
     taken: Option<Instant>,
-    complete: Option<Instant>,
+    complete: Vec<Instant>,
 }
 
 impl Stub {
@@ -225,14 +281,14 @@ impl Stub {
         let answer = if path.starts_with("/v1/job?") {
             let job = state.jobs.pop_front();
             if job.is_some() {
-                state.taken = Some(now);
+                state.taken.get_or_insert(now);
             }
             job.unwrap_or_default()
         } else if line.starts_with("GET") {
             r#"{"state": "waiting", "job_state": "test"}"#.into()
         } else {
             if path.starts_with("/v1/result/") && body.ends_with(br#""job_state":"complete"}"#) {
-                state.complete = Some(now);
+                state.complete.push(now);
             }
             "OK".into()
         };

@@ -98,3 +98,31 @@ fn a_checkout_is_clean_or_dirty() {
     fs::write(root.path().join("file"), "2").expect("writes");
     assert_eq!(git(root.path()), Some(Git { dirty: true, ..clean }));
 }
+
+#[test]
+fn a_login_in_an_address_is_not_written_down() {
+    for (given, kept) in [
+        (&["x", "--server", "me:pw@host:80", "a@b"][..], &["x", "--server", "host:80", "a@b"][..]),
+        (&["--server=me:p@w@host", "c:d@e"], &["--server=host", "c:d@e"]),
+        (&["https://me:pw@host/x@y", "-m", "any(a, b)"], &["https://host/x@y", "-m", "any(a, b)"]),
+        (&["--url=http://me@host"], &["--url=http://host"]),
+        (&["http://host/me:pw@x", "--server"], &["http://host/me:pw@x", "--server"]),
+    ] {
+        assert_eq!(without_logins(given.iter().map(|text| (*text).to_owned())), kept);
+    }
+}
+
+#[test]
+fn a_run_is_gone_on_with_under_its_id_or_as_the_latest() {
+    let root = temp();
+    let first = Run::start_in(environment(root.path()), None).expect("starts");
+    for id in [first.id(), "latest"] {
+        let again = Run::reopen(environment(root.path()), id).expect("is there");
+        assert_eq!((again.id(), again.joined()), (first.id(), true));
+        assert_eq!(again.directory().file_name(), first.directory().file_name());
+    }
+    for none in ["", ".", "..", "../notes", "no-such-run", "/etc"] {
+        let error = Run::reopen(environment(root.path()), none).expect_err(none);
+        assert!(error.to_string().contains("there is no run"), "{none}: {error:#}");
+    }
+}

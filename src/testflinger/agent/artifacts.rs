@@ -1,12 +1,9 @@
 //! Packs what a job leaves in `artifacts/`.
 
+use crate::testflinger::archive::{Copies, Packer};
 use anyhow::{Context, Result};
-use flate2::Compression;
-use flate2::write::GzEncoder;
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::fs;
 use std::path::Path;
-use tar::Builder;
 
 /// The directory of a job's artifacts, and the top directory of their archive.
 pub(super) const NAME: &str = "artifacts";
@@ -24,39 +21,16 @@ pub(super) fn are_in(rundir: &Path) -> bool {
 pub(super) fn pack(rundir: &Path, archive: &Path) -> Result<()> {
     let file = super::place::append(archive).context("cannot make the archive")?;
     file.set_len(0)?;
-    let mut builder = Builder::new(GzEncoder::new(BufWriter::new(file), Compression::default()));
-    builder.follow_symlinks(false);
-    pack_dir(&mut builder, &rundir.join(NAME), Path::new(NAME))?;
-    builder.into_inner()?.finish()?.flush().context("cannot write the archive")
-}
-
-fn pack_dir(builder: &mut Builder<impl Write>, dir: &Path, name: &Path) -> Result<()> {
-    builder.append_dir(name, dir).with_context(|| format!("cannot pack {}", dir.display()))?;
-    let entries = fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
-    let mut entries: Vec<_> = entries.collect::<std::io::Result<_>>()?;
-    entries.sort_by_key(fs::DirEntry::file_name);
-    for entry in entries {
-        let (path, name, kind) = (entry.path(), name.join(entry.file_name()), entry.file_type()?);
-        if kind.is_dir() {
-            pack_dir(builder, &path, &name)?;
-        } else if kind.is_symlink() {
-            builder
-                .append_path_with_name(&path, &name)
-                .with_context(|| format!("cannot pack {}", path.display()))?;
-        } else if kind.is_file() {
-            let mut file = File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
-            builder
-                .append_file(&name, &mut file)
-                .with_context(|| format!("cannot pack {}", path.display()))?;
-        }
-    }
-    Ok(())
+    let mut packer = Packer::new(file, Copies::Faithful);
+    packer.add(&rundir.join(NAME), Path::new(NAME))?;
+    packer.finish()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use flate2::read::GzDecoder;
+    use std::fs::File;
 
     #[test]
     fn all_that_can_be_packed_is() {

@@ -1,19 +1,20 @@
 //! Attachments: an archive of files that the user of a job sent. Nothing in it is trusted.
 
+use crate::testflinger::archive::{Limits, inside, make_dir, make_parents, members, no_links};
 use anyhow::{Context, Result, bail};
-use flate2::read::GzDecoder;
-use std::fs::{self, DirBuilder, File};
+use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, symlink};
-use std::path::{Component, Path, PathBuf};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
+use std::path::Path;
 use std::time::{Duration, SystemTime};
-use tar::{Archive, Entry, EntryType};
+use tar::{Entry, EntryType};
 
 /// Where members may be: below the name of a phase that has attachments.
 const TOPS: [&str; 3] = ["provision", "firmware_update", "test"];
 /// More than any job has, and what an archive made to fill the disk is stopped at.
-const MOST_BYTES: u64 = 64 << 30;
-const MOST_MEMBERS: usize = 1 << 20;
+const LIMITS: Limits = Limits { bytes: 64 << 30, members: 1 << 20 };
+/// Of directories.
+const MODE: u32 = 0o755;
 
 /// Unpacks a gzipped tar into `into`, which must exist and be empty.
 ///
@@ -21,18 +22,10 @@ const MOST_MEMBERS: usize = 1 << 20;
 /// When it is no such archive, or has a member that is not below a phase, leaves the directory by its
 /// name or its link, or is neither file, directory nor link. What came before it may be unpacked.
 pub(super) fn unpack(archive: impl Read, into: &Path) -> Result<()> {
-    let mut archive = Archive::new(GzDecoder::new(archive));
-    let mut bytes = 0_u64;
-    for (count, entry) in archive.entries().context("it is no archive")?.enumerate() {
-        let mut entry = entry.context("it is no gzipped tar, or a part of one")?;
-        bytes = bytes.saturating_add(entry.size());
-        if bytes > MOST_BYTES || count >= MOST_MEMBERS {
-            bail!("it is too large");
-        }
+    members(archive, LIMITS, |entry| {
         let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        unpack_one(&mut entry, into).with_context(|| format!("member {name:?}"))?;
-    }
-    Ok(())
+        unpack_one(entry, into).with_context(|| format!("member {name:?}"))
+    })
 }
 
 fn unpack_one(entry: &mut Entry<'_, impl Read>, into: &Path) -> Result<()> {
@@ -42,10 +35,10 @@ fn unpack_one(entry: &mut Entry<'_, impl Read>, into: &Path) -> Result<()> {
         bail!("it is not below provision/, firmware_update/ or test/");
     }
     let target = into.join(&name);
-    make_parents(into, &name)?;
+    make_parents(into, &name, MODE)?;
     let mode = entry.header().mode().unwrap_or(0o644);
     match entry.header().entry_type() {
-        EntryType::Directory => make_dir(&target),
+        EntryType::Directory => make_dir(&target, MODE),
         EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
             clear(&target)?;
             let owner = if mode & 0o100 == 0 { mode & !0o111 } else { mode };
@@ -79,56 +72,6 @@ fn unpack_one(entry: &mut Entry<'_, impl Read>, into: &Path) -> Result<()> {
         }
         EntryType::XGlobalHeader => Ok(()),
         other => bail!("it is no file, directory or link but {other:?}"),
-    }
-}
-
-/// `path` without a leading `/` and without `.` and `..`; refused where it leaves its root.
-fn inside(path: &Path) -> Result<PathBuf> {
-    let mut clean = PathBuf::new();
-    for component in path.components() {
-        match component {
-            Component::Normal(name) => clean.push(name),
-            Component::ParentDir => {
-                if !clean.pop() {
-                    bail!("it leaves the archive");
-                }
-            }
-            Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
-        }
-    }
-    Ok(clean)
-}
-
-/// Refuses a directory below `into` that is reached through a link: it may be anywhere.
-fn no_links(into: &Path, dir: &Path) -> Result<()> {
-    let mut at = into.to_owned();
-    for component in dir.components() {
-        at.push(component);
-        if fs::symlink_metadata(&at).is_ok_and(|meta| !meta.is_dir()) {
-            bail!("it goes through {}, which is no directory", at.display());
-        }
-    }
-    Ok(())
-}
-
-fn make_parents(into: &Path, name: &Path) -> Result<()> {
-    let parent = name.parent().unwrap_or(Path::new(""));
-    no_links(into, parent)?;
-    let mut at = into.to_owned();
-    for component in parent.components() {
-        at.push(component);
-        make_dir(&at)?;
-    }
-    Ok(())
-}
-
-fn make_dir(path: &Path) -> Result<()> {
-    match DirBuilder::new().mode(0o755).create(path) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            // Not `is_dir`, which follows links.
-            if fs::symlink_metadata(path)?.is_dir() { Ok(()) } else { bail!("there is a file of that name") }
-        }
-        other => Ok(other?),
     }
 }
 

@@ -6,7 +6,7 @@ use super::job::{After, resume, run};
 use super::outbox::chain;
 use super::place::{Place, check_room, left_by};
 use super::survivors::Mark;
-use super::{Agent, End, SIGNALLED, results};
+use super::{Agent, End, SIGNALLED, memory, results};
 use crate::testflinger::client::Error;
 use crate::testflinger::wire::{AgentData, AgentUpdate, Phase, is_id, job_state};
 use anyhow::Result;
@@ -34,6 +34,8 @@ pub(super) struct Duty {
     /// The last state that kept us from work, to log each once.
     idle_for: Option<String>,
     outage: Option<Duration>,
+    /// Nothing happened but polling since memory was given back.
+    settled: bool,
 }
 
 /// What one cycle comes to.
@@ -77,6 +79,9 @@ impl Agent {
                     // Whoever asked for a restart does not wait for a server that does not answer.
                     if self.duty.outage.is_some() && self.control.restarts() {
                         return Ok(End::Restart);
+                    }
+                    if !std::mem::replace(&mut self.duty.settled, true) {
+                        memory::forget_code();
                     }
                     self.control.sleep(self.duty.outage.unwrap_or(self.config.polling_interval()));
                 }
@@ -134,6 +139,7 @@ impl Agent {
             other => other?,
         };
         let Some(job) = job else { return Ok(Next::Later) };
+        self.duty.settled = false;
         match run(self, job) {
             Ok(Some(after)) => self.duty.after = Some(after),
             Ok(None) => return Ok(Next::End(End::Terminated)),
@@ -157,7 +163,7 @@ impl Agent {
     fn register(&mut self, data: &AgentData) -> Result<(), Error> {
         let agent = self.config.agent_id.clone();
         if self.duty.after.is_none() && !stays(data) {
-            self.client.update_agent(&agent, &AgentUpdate::state("waiting", ""))?;
+            self.tell("waiting", "")?;
         }
         self.advertise()?;
         let update = AgentUpdate {
@@ -169,6 +175,13 @@ impl Agent {
         };
         self.client.update_agent(&agent, &update)?;
         self.duty.registered = true;
+        Ok(())
+    }
+
+    /// Tells in which state the agent is from now on.
+    fn tell(&self, state: &str, comment: &str) -> Result<(), Error> {
+        self.client.update_agent(&self.config.agent_id, &AgentUpdate::state(state, comment))?;
+        self.influx.tell(state, None);
         Ok(())
     }
 
@@ -226,13 +239,12 @@ impl Agent {
     fn obey(&mut self, data: &AgentData, fresh: bool) -> Result<Option<Next>, Error> {
         let after = self.duty.after.clone();
         let told = after.clone().unwrap_or_default();
-        let agent = self.config.agent_id.clone();
         let off = stays(data) || !fresh && data.state == "offline";
         let offline = if off { Some(data.comment.clone()) } else { told.offline };
         if let Some(comment) = offline {
             // What an admin calls maintenance stays that.
             if after.is_some() && data.state != "maintenance" {
-                self.client.update_agent(&agent, &AgentUpdate::state("offline", &*comment))?;
+                self.tell("offline", &comment)?;
             }
             self.duty.after = None;
             if self.control.restarts() {
@@ -247,12 +259,12 @@ impl Agent {
         let signalled = self.control.restarts().then(|| SIGNALLED.to_owned());
         if let Some(comment) = told.restart.or(asked).or(signalled) {
             self.log.info(format!("Restart: {comment}"));
-            self.client.update_agent(&agent, &AgentUpdate::state("restart", comment))?;
+            self.tell("restart", &comment)?;
             self.duty.after = None;
             return Ok(Some(Next::End(End::Restart)));
         }
         if after.is_some() {
-            self.client.update_agent(&agent, &AgentUpdate::state("waiting", ""))?;
+            self.tell("waiting", "")?;
             self.duty.after = None;
         }
         Ok(None)

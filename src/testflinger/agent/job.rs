@@ -109,6 +109,7 @@ pub(super) fn line(agent: &Agent, job: &Job) -> Line {
         agent: agent.config.agent_id.clone(),
         job: job.clone(),
         log: Arc::clone(&agent.log),
+        influx: agent.influx.clone(),
         glance: agent.config.polling_interval().clamp(Duration::from_secs(1), Duration::from_secs(10)),
     }
 }
@@ -184,6 +185,7 @@ impl<'a> Running<'a> {
             self.event(&format!("{phase}_start"), "");
             let begun = Instant::now();
             let ended = self.run_phase(phase)?;
+            self.agent.influx.tell(phase.name(), Some(ended.code));
             self.measure(phase, begun, ended.code);
             let name = self.close(phase, ended);
             if phase == Phase::Provision {
@@ -291,18 +293,24 @@ impl<'a> Running<'a> {
             self.agent.log.warning(format!("Ended {left} processes that job {} left", self.job.id()));
         }
         self.memo.ended = true;
-        self.save();
-        let delivered = self.outbox.finish(PATIENCE);
-        if !delivered {
-            self.agent
-                .log
-                .warning(format!("Not all of job {} could be told; it is resent later", self.job.id()));
+        let saved = self.save();
+        self.outbox.secure(PATIENCE);
+        let Self { agent, job, place, memo, outbox, after, .. } = self;
+        if !outbox.finish() {
+            agent.log.warning(format!("Not all of job {} could be told; it is resent later", job.id()));
         }
-        if let Err(error) = results::hand_in(self.agent, &self.place, &self.memo) {
-            self.agent.log.error(format!("Job {}: {error:#}", self.job.id()));
+        if !saved {
+            // What was delivered has left room.
+            let outcome = results::Outcome::of(&memo.statuses);
+            if let Err(error) = place.save(&memo).and_then(|()| outcome.write(&place)) {
+                agent.log.error(format!("Statuses of job {} are not on disk: {error:#}", job.id()));
+            }
         }
-        self.agent.log.info(format!("Job {} has ended", self.job.id()));
-        Some(self.after)
+        if let Err(error) = results::hand_in(agent, &place, &memo) {
+            agent.log.error(format!("Job {}: {error:#}", job.id()));
+        }
+        agent.log.info(format!("Job {} has ended", job.id()));
+        Some(after)
     }
 
     pub(super) fn event(&mut self, name: &str, detail: impl Into<String>) {
@@ -326,14 +334,16 @@ impl<'a> Running<'a> {
     }
 
     fn write_outcome(&self) -> Result<()> {
-        let path = self.place.rundir.join(results::OUTCOME);
-        place::write_python_json(&path, &results::Outcome::of(&self.memo.statuses))
+        results::Outcome::of(&self.memo.statuses).write(&self.place)
     }
 
-    fn save(&self) {
-        if let Err(error) = self.place.save(&self.memo) {
+    /// False when it is not on disk.
+    fn save(&self) -> bool {
+        let saved = self.place.save(&self.memo);
+        if let Err(error) = &saved {
             self.agent.log.warning(format!("A crash now would lose some of the job: {error:#}"));
         }
+        saved.is_ok()
     }
 
     fn measure(&self, phase: Phase, begun: Instant, code: u8) {

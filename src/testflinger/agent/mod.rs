@@ -10,9 +10,11 @@ mod attachments;
 pub mod config;
 mod control;
 mod duty;
+mod influx;
 mod job;
 mod log;
 mod mask;
+mod memory;
 mod metrics;
 mod outbox;
 mod phase;
@@ -34,6 +36,7 @@ use crate::testflinger::client::{Client, Error, TokenFile};
 use anyhow::{Context, Result, bail};
 use config::Config;
 use control::Control;
+use influx::Influx;
 use log::{Level, Log};
 use metrics::Metrics;
 use std::fs::{self, File};
@@ -119,6 +122,7 @@ struct Agent {
     path: PathBuf,
     client: Arc<Client>,
     log: Arc<Log>,
+    influx: Influx,
     metrics: Metrics,
     /// Whether anybody reads the metrics.
     is_measured: bool,
@@ -146,10 +150,12 @@ impl Agent {
         let level = Level::named(&config.logging_level);
         let log = Log::open(&config.logging_basedir, level, config.logging_quiet)
             .with_context(|| files::cannot("open the log in", &config.logging_basedir))?;
+        let log = Arc::new(log);
         Ok(Self {
+            influx: Influx::start(&config.agent_id, &log)?,
             client: Arc::new(client(&config, &options.token_file)),
             path: path.to_owned(),
-            log: Arc::new(log),
+            log,
             metrics: metrics.clone(),
             is_measured: options.metrics_port.is_some(),
             control: control.clone(),

@@ -3,6 +3,7 @@
 //! The job goes on when the server does not answer. What was not delivered by its end stays in the
 //! spool, which goes to the results that wait.
 
+use super::influx::Influx;
 use super::log::Log as AgentLog;
 use super::spool::{Cursor, Post, Record, Spool, now};
 use crate::testflinger::client::{Client, Error};
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 /// Output that comes in drops is sent this often.
 const PACE: Duration = Duration::from_secs(1);
 /// Between two fragments, while nobody waits for them: the CPU is for the command that prints them.
-const BREATH: Duration = Duration::from_millis(20);
+const BREATH: Duration = Duration::from_millis(100);
 /// A fragment is no larger. The server takes less than 16 MiB in one request.
 const LARGEST: usize = 512 << 10;
 /// Between two tries: from the first to the last.
@@ -32,6 +33,7 @@ pub(super) struct Line {
     pub(super) agent: String,
     pub(super) job: Job,
     pub(super) log: Arc<AgentLog>,
+    pub(super) influx: Influx,
     /// How often it is asked whether the job was cancelled.
     pub(super) glance: Duration,
 }
@@ -46,6 +48,8 @@ pub(super) struct Outbox {
 struct Shared {
     state: Mutex<State>,
     news: Condvar,
+    /// Somebody waits for all to be delivered.
+    haste: Condvar,
 }
 
 #[derive(Debug)]
@@ -73,6 +77,24 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn hurry(&self) -> MutexGuard<'_, State> {
+        let mut state = self.lock();
+        state.hurry += 1;
+        self.wake();
+        state
+    }
+
+    fn wake(&self) {
+        self.news.notify_all();
+        self.haste.notify_all();
+    }
+
+    /// Leaves the CPU to others for a while, unless somebody waits.
+    fn breathe(&self) {
+        let idle = |state: &mut State| state.hurry == 0 && !state.abandoned;
+        let _ = self.haste.wait_timeout_while(self.lock(), BREATH, idle);
+    }
+
     fn wait<'a>(&self, state: MutexGuard<'a, State>, most: Duration) -> MutexGuard<'a, State> {
         self.news.wait_timeout(state, most).unwrap_or_else(PoisonError::into_inner).0
     }
@@ -93,7 +115,8 @@ impl Outbox {
             closed: false,
             abandoned: false,
         };
-        let shared = Arc::new(Shared { state: Mutex::new(state), news: Condvar::new() });
+        let shared =
+            Arc::new(Shared { state: Mutex::new(state), news: Condvar::new(), haste: Condvar::new() });
         let for_thread = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("outbox".into())
@@ -123,9 +146,7 @@ impl Outbox {
 
     /// Waits until all is delivered, or cannot be for now; true in the first case.
     pub(super) fn settle(&self) -> bool {
-        let mut state = self.shared.lock();
-        state.hurry += 1;
-        self.shared.news.notify_all();
+        let mut state = self.shared.hurry();
         while !state.idle && !state.outage && !state.abandoned {
             state = self.shared.wait(state, Duration::from_secs(60));
         }
@@ -154,30 +175,44 @@ impl Outbox {
         self.shared.lock().admin.take()
     }
 
-    /// Ends: waits until all is delivered, but no longer than `patience` for a server that is not
-    /// there. True when all is delivered.
-    pub(super) fn finish(mut self, patience: Duration) -> bool {
+    /// Waits until all is delivered or on disk. A server that is not there is waited for as long as
+    /// `patience`, and longer while there is no room on the disk either.
+    pub(super) fn secure(&self, patience: Duration) {
         let begun = Instant::now();
-        let mut state = self.shared.lock();
-        state.closed = true;
-        state.watched = false;
-        state.hurry += 1;
-        self.shared.news.notify_all();
+        let mut state = self.shared.hurry();
         while !state.idle && !state.abandoned {
-            if state.outage && begun.elapsed() >= patience {
+            if state.outage && begun.elapsed() >= patience && state.spool.flush() {
                 break;
             }
             state = self.shared.wait(state, Duration::from_millis(100));
+        }
+        state.hurry -= 1;
+    }
+
+    /// Ends: waits until all is delivered, but not for a server that is not there. True when all is
+    /// delivered.
+    pub(super) fn finish(mut self) -> bool {
+        let mut state = self.shared.hurry();
+        state.closed = true;
+        state.watched = false;
+        while !state.idle && !state.abandoned && !state.outage {
+            state = self.shared.wait(state, Duration::from_secs(60));
         }
         state.abandoned = true;
         let delivered = state.idle;
         drop(state);
         self.join();
+        if delivered {
+            // The end of a job may need the room.
+            let spool = &mut self.shared.lock().spool;
+            spool.cut();
+            spool.save();
+        }
         delivered
     }
 
     fn join(&mut self) {
-        self.shared.news.notify_all();
+        self.shared.wake();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -256,9 +291,7 @@ impl Sender {
                     }
                     self.last_text = Some(Instant::now());
                     self.done(batch.end, Some(batch.log));
-                    if self.shared.lock().hurry == 0 {
-                        std::thread::sleep(BREATH);
-                    }
+                    self.shared.breathe();
                 }
             }
         }
@@ -314,7 +347,7 @@ impl Sender {
         {
             return Ok(None);
         }
-        let Some((record, mut end)) = state.spool.next(start)? else { return Ok(None) };
+        let Some((record, mut end)) = state.spool.next()? else { return Ok(None) };
         let (log, phase, at, mut text) = match record {
             Record::Post(post) => return Ok(Some(Work::Post(post, end))),
             Record::Text { log, phase, at, text, .. } => (log, phase, at, text),
@@ -344,8 +377,8 @@ impl Sender {
 
     fn done(&mut self, end: u64, log: Option<Log>) {
         let mut state = self.shared.lock();
+        state.spool.delivered(end);
         let cursor: &mut Cursor = &mut state.spool.cursor;
-        cursor.start = end;
         cursor.sending = None;
         if let Some(log) = log {
             *cursor.number(log) += 1;
@@ -410,7 +443,11 @@ impl Sender {
         let Line { client, agent, job, .. } = &self.line;
         match post {
             Post::Result(update) => client.update_result(job.id(), update),
-            Post::Agent(update) => client.update_agent(agent, update),
+            Post::Agent(update) => {
+                client.update_agent(agent, update)?;
+                update.state.iter().for_each(|state| self.line.influx.tell(state, None));
+                Ok(())
+            }
             Post::Provision(log) => client.post_provision_log(agent, log),
             Post::Events(events) => {
                 let last = events.last().is_some_and(|event| event.event_name == "job_end");
@@ -451,7 +488,9 @@ impl Sender {
                     return Ok(());
                 }
                 client.update_result(job.id(), &ResultUpdate::state(phase.name()))?;
-                client.update_agent(agent, &AgentUpdate::state(phase.name(), comment))
+                client.update_agent(agent, &AgentUpdate::state(phase.name(), comment))?;
+                self.line.influx.tell(phase.name(), None);
+                Ok(())
             }
         }
     }
@@ -459,18 +498,29 @@ impl Sender {
     fn deliver_text(&mut self, batch: &Batch, number: u64) -> Result<(), Error> {
         let Line { client, job, .. } = &self.line;
         // The server would store it twice.
-        if self.ambiguous && client.last_fragment(job.id(), batch.log, number)?.is_some() {
-            return Ok(());
+        if !self.ambiguous || !self.has_arrived(batch)? {
+            let fragment = Fragment {
+                fragment_number: number,
+                timestamp: &batch.at,
+                phase: batch.phase,
+                log_data: &batch.text,
+            };
+            let outcome = client.post_fragment(job.id(), batch.log, &fragment);
+            self.ambiguous = outcome.as_ref().is_err_and(Error::is_ambiguous);
+            outcome?;
         }
-        let fragment = Fragment {
-            fragment_number: number,
-            timestamp: &batch.at,
-            phase: batch.phase,
-            log_data: &batch.text,
-        };
-        let outcome = client.post_fragment(job.id(), batch.log, &fragment);
-        self.ambiguous = outcome.as_ref().is_err_and(Error::is_ambiguous);
-        outcome
+        *self.shared.lock().spool.cursor.told(batch.log, batch.phase) += batch.text.len() as u64;
+        Ok(())
+    }
+
+    fn has_arrived(&self, batch: &Batch) -> Result<bool, Error> {
+        let Batch { log, phase, text, .. } = batch;
+        let told = *self.shared.lock().spool.cursor.told(*log, *phase);
+        match self.line.client.has_text(self.line.job.id(), *log, *phase, told, text) {
+            // Twice is better than never.
+            Err(error) if !error.is_outage() => Ok(false),
+            other => other,
+        }
     }
 }
 

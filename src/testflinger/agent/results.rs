@@ -4,6 +4,7 @@
 use super::job::{INTERNAL, line};
 use super::outbox::{Outbox, chain};
 use super::place::{self, Memo, Place, move_dir, read_job};
+use super::spool::Cursor;
 use super::{Agent, artifacts};
 use crate::record::files;
 use crate::testflinger::client::Error;
@@ -29,6 +30,10 @@ pub(super) struct Outcome {
 impl Outcome {
     pub(super) fn of(statuses: &Statuses) -> Self {
         Self { status: statuses.clone() }
+    }
+
+    pub(super) fn write(&self, place: &Place) -> Result<()> {
+        place::write_python_json(&place.rundir.join(OUTCOME), self)
     }
 }
 
@@ -140,11 +145,7 @@ fn say(agent: &Agent, place: &Place, job: &Job, more: Option<String>) -> Result<
     if let Some(text) = more {
         outbox.text(Log::Output, Phase::Cleanup, text);
     }
-    if outbox.finish(Duration::ZERO) {
-        Ok(())
-    } else {
-        Err(anyhow!("the server does not take the rest of its log"))
-    }
+    if outbox.finish() { Ok(()) } else { Err(anyhow!("the server does not take the rest of its log")) }
 }
 
 /// The outer error may pass, the inner one may not.
@@ -198,7 +199,8 @@ pub(super) fn adopt(agent: &Agent, place: &Place, phase: Option<Phase>) -> Resul
         .unwrap_or_default()
         .status;
     let memo = Memo { agent_id: agent.config.agent_id.clone(), phase, statuses, ..Memo::default() };
-    place.make_ours(&job, &memo)
+    place.make_ours(&job, &memo)?;
+    Cursor::after_another(&place.state)
 }
 
 /// Ends a job of ours of which nothing is left here.

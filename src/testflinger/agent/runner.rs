@@ -96,7 +96,7 @@ pub(super) fn run(
     command.stdout(writer).stderr(errors);
     let mut child = process::spawn(command)?;
     let mut reader = Some(reader);
-    let mut buffer = vec![0; 64 << 10];
+    let mut buffer = vec![0; 256 << 10];
     let mut heard = Instant::now();
     let mut ending: Option<(Cut, Instant)> = None;
     loop {

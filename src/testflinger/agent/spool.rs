@@ -7,7 +7,7 @@ use crate::record::files;
 use crate::testflinger::wire::{AgentUpdate, Event, Log, Phase, ProvisionLog, ResultUpdate};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -42,6 +42,16 @@ pub(super) enum Record {
     },
 }
 
+impl Record {
+    /// The length of its text.
+    fn size(&self) -> usize {
+        match self {
+            Self::Text { text, .. } => text.len(),
+            Self::Post(_) => 0,
+        }
+    }
+}
+
 /// How far delivery is.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Cursor {
@@ -50,21 +60,38 @@ pub(super) struct Cursor {
     /// The number of the next fragment of each log.
     pub(super) output: u64,
     pub(super) serial: u64,
+    /// How many bytes of each log were delivered.
+    #[serde(default)]
+    pub(super) told: BTreeMap<Phase, [u64; 2]>,
     /// What was being sent when this was written: up to which byte, as which fragment.
     pub(super) sending: Option<(u64, Log)>,
 }
 
 impl Cursor {
+    /// For a job of which another agent has told something already, nobody knows how many fragments:
+    /// who follows a log asks for what comes after the last one.
+    pub(super) fn after_another(dir: &Path) -> Result<()> {
+        let cursor = Self { output: BEYOND, serial: BEYOND, ..Self::default() };
+        files::write_json(&dir.join(CURSOR), &cursor)
+    }
+
     pub(super) fn number(&mut self, log: Log) -> &mut u64 {
         match log {
             Log::Output => &mut self.output,
             Log::Serial => &mut self.serial,
         }
     }
+
+    /// How many bytes of a phase's log were delivered.
+    pub(super) fn told(&mut self, log: Log, phase: Phase) -> &mut u64 {
+        &mut self.told.entry(phase).or_default()[usize::from(log == Log::Serial)]
+    }
 }
 
 /// How much is kept in memory when the disk is full.
 const MOST_IN_MEMORY: usize = 16 << 20;
+/// More fragments than the original makes of any job: it has one for ten seconds of output.
+const BEYOND: u64 = 1_000_000;
 /// A file that was delivered is cut when it is larger than this.
 const CUT: u64 = 8 << 20;
 
@@ -130,13 +157,10 @@ impl Spool {
 
     /// Appends a record; never fails, but what has no room anywhere is lost, and that is said.
     pub(super) fn append(&mut self, record: Record) {
-        if self.memory.is_empty() && self.write(&record).is_ok() {
+        if self.flush() && self.write(&record).is_ok() {
             return;
         }
-        let size = match &record {
-            Record::Text { text, .. } => text.len(),
-            Record::Post(_) => 0,
-        };
+        let size = record.size();
         if self.in_memory + size > MOST_IN_MEMORY {
             self.lost += size;
             return;
@@ -145,15 +169,43 @@ impl Spool {
         self.memory.push_back(record);
     }
 
-    fn write(&mut self, record: &Record) -> io::Result<()> {
-        let mut bytes = serde_json::to_vec(record)?;
-        bytes.push(b'\n');
-        if let Record::Text { text, .. } = record {
-            bytes.extend_from_slice(text.as_bytes());
+    /// Writes what is in memory to the disk, as far as there is room now; true when all of it is there.
+    pub(super) fn flush(&mut self) -> bool {
+        self.note_loss();
+        while let Some(record) = self.memory.pop_front() {
+            if self.write(&record).is_err() {
+                self.memory.push_front(record);
+                return false;
+            }
+            self.in_memory -= record.size();
+            self.note_loss();
         }
-        // At the place of a part that was written before, if there is one.
-        self.file.write_all_at(&bytes, self.length)?;
-        self.length += bytes.len() as u64;
+        true
+    }
+
+    /// Says what was lost, behind all that was not.
+    fn note_loss(&mut self) {
+        if self.lost > 0 && self.memory.is_empty() {
+            let lost = std::mem::take(&mut self.lost);
+            let text = format!("\n[{lost} bytes of output were lost: the disk of the agent is full]\n");
+            self.in_memory += text.len();
+            let (log, phase) = (Log::Output, Phase::Cleanup);
+            self.memory.push_back(Record::Text { log, phase, at: now(), size: text.len(), text });
+        }
+    }
+
+    fn write(&mut self, record: &Record) -> io::Result<()> {
+        let mut head = serde_json::to_vec(record)?;
+        head.push(b'\n');
+        let text = if let Record::Text { text, .. } = record { text.as_str() } else { "" };
+        let behind = self.length + head.len() as u64;
+        let written = self.file.write_all_at(&head, self.length);
+        if let Err(error) = written.and_then(|()| self.file.write_all_at(text.as_bytes(), behind)) {
+            // A part helps nobody, and has taken the last of the room.
+            let _ = self.file.set_len(self.length);
+            return Err(error);
+        }
+        self.length = behind + text.len() as u64;
         Ok(())
     }
 
@@ -191,27 +243,27 @@ impl Spool {
         Ok(Some((record, end)))
     }
 
-    /// The next record after `at`; those in memory have no place.
-    pub(super) fn next(&mut self, at: u64) -> Result<Option<(Record, u64)>> {
-        if let Some(found) = self.read(at)? {
+    /// What is to be delivered next, and where it ends; those in memory have no place.
+    pub(super) fn next(&mut self) -> Result<Option<(Record, u64)>> {
+        let start = self.cursor.start;
+        if let Some(found) = self.read(start)? {
             return Ok(Some(found));
         }
-        if self.memory.is_empty() && self.lost > 0 {
-            let lost = std::mem::take(&mut self.lost);
-            let text = format!("\n[{lost} bytes of output were lost: the disk of the agent is full]\n");
-            self.memory.push_back(Record::Text {
-                log: Log::Output,
-                phase: Phase::Cleanup,
-                at: now(),
-                size: text.len(),
-                text,
-            });
+        self.note_loss();
+        Ok(self.memory.front().map(|record| (record.clone(), start)))
+    }
+
+    /// What [`Self::next`] gave, up to `end`, is delivered.
+    pub(super) fn delivered(&mut self, end: u64) {
+        let start = self.cursor.start;
+        if end > start {
+            self.cursor.start = end;
+        } else if let Ok(Some((_, end))) = self.read(start) {
+            // It was in memory, and has found room since.
+            self.cursor.start = end;
+        } else if let Some(record) = self.memory.pop_front() {
+            self.in_memory -= record.size();
         }
-        let record = self.memory.pop_front();
-        if let Some(Record::Text { text, .. }) = &record {
-            self.in_memory = self.in_memory.saturating_sub(text.len());
-        }
-        Ok(record.map(|record| (record, at)))
     }
 
     /// True when all up to `at` is all there is.
@@ -221,11 +273,18 @@ impl Spool {
 
     /// Writes the cursor. Failing is no fault: something may be sent twice after a crash.
     pub(super) fn save(&mut self) {
-        if self.cursor.start >= CUT && self.cursor.start == self.length && self.file.set_len(0).is_ok() {
+        if self.cursor.start >= CUT {
+            self.cut();
+        }
+        let _ = files::write_json(&self.dir.join(CURSOR), &self.cursor);
+    }
+
+    /// Gives back the room of what was delivered, when that is all there is.
+    pub(super) fn cut(&mut self) {
+        if self.cursor.start == self.length && self.file.set_len(0).is_ok() {
             self.length = 0;
             self.cursor.start = 0;
         }
-        let _ = files::write_json(&self.dir.join(CURSOR), &self.cursor);
     }
 }
 
@@ -245,10 +304,10 @@ mod tests {
     }
 
     fn all(spool: &mut Spool) -> Vec<Record> {
-        let (mut at, mut records) = (spool.cursor.start, Vec::new());
-        while let Some((record, end)) = spool.next(at).expect("reads") {
+        let mut records = Vec::new();
+        while let Some((record, end)) = spool.next().expect("reads") {
             records.push(record);
-            at = end;
+            spool.delivered(end);
         }
         records
     }
@@ -288,16 +347,29 @@ mod tests {
         let mut spool = Spool::open(dir.path()).expect("opens");
         spool.append(text("on disk"));
         // Writing to it fails from now on.
-        spool.file = File::open(dir.path().join(RECORDS)).expect("opens");
+        let file = std::mem::replace(&mut spool.file, File::open(dir.path().join(RECORDS)).expect("opens"));
         spool.append(text("in memory"));
         spool.append(text(&"x".repeat(MOST_IN_MEMORY)));
-        let read = all(&mut spool);
-        assert_eq!(read[..2], [text("on disk"), text("in memory")]);
-        assert!(
-            matches!(&read[2..], [Record::Text { text, .. }] if text.contains("16777216 bytes")),
-            "{read:?}"
-        );
+        assert!(!spool.flush());
+        for expected in ["on disk", "in memory"] {
+            let (record, end) = spool.next().expect("reads").expect(expected);
+            assert_eq!(record, text(expected));
+            if expected == "in memory" {
+                // While it is being sent there is room again.
+                spool.file = file.try_clone().expect("clones");
+                assert!(spool.flush());
+            }
+            spool.delivered(end);
+        }
+        let note = "\n[16777216 bytes of output were lost: the disk of the agent is full]\n";
+        let texts = |records: Vec<Record>| -> Vec<String> {
+            let text = |record| if let Record::Text { text, .. } = record { Some(text) } else { None };
+            records.into_iter().filter_map(text).collect()
+        };
+        assert_eq!(texts(all(&mut spool)), [note]);
         assert!(spool.ends_at(spool.length));
+        let mut again = Spool::open(dir.path()).expect("opens");
+        assert_eq!(texts(all(&mut again)), ["on disk", "in memory", note]);
     }
 
     #[test]

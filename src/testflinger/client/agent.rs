@@ -2,13 +2,17 @@
 
 use super::{Client, EVENTS, Error, FILES, LOGS, Payload, Result, USUAL, endless, escape, result};
 use crate::testflinger::wire::{
-    AgentData, AgentUpdate, Event, Fragment, Job, Log, ProvisionLog, ResultUpdate,
+    AgentData, AgentUpdate, Event, Fragment, Job, Log, Phase, ProvisionLog, ResultUpdate,
 };
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::{self, Read};
 use std::path::Path;
 use ureq::http::{Method, StatusCode};
+
+/// What is read for nothing, to keep a connection.
+const LITTLE: u64 = 64 << 10;
 
 impl Client {
     /// What the server knows of `agent`; `None` when it does not know it.
@@ -46,7 +50,8 @@ impl Client {
         self.post("/v1/agents/images", images, USUAL)
     }
 
-    /// Takes a job from one of `queues`. It is ours then, whether or not the answer arrives.
+    /// Takes a job from one of `queues`. It is ours then, whether or not the answer arrives: a job whose
+    /// answer is lost stays `running`, since the server lets no agent ask which jobs a queue has.
     ///
     /// # Errors
     /// As of every request: [`Error`].
@@ -70,7 +75,11 @@ impl Client {
         if response.status() == StatusCode::NO_CONTENT {
             return Ok(None);
         }
-        result::state(endless(&mut response)).map_err(|error| self.broken(&path, error))
+        let mut reader = endless(&mut response);
+        let state = result::state(&mut reader).map_err(|error| self.broken(&path, error));
+        // The connection can be used again if there is little left, as for most of a job's life.
+        let _ = io::copy(&mut reader.take(LITTLE), &mut io::sink());
+        state
     }
 
     /// Posts news of a job's result.
@@ -89,17 +98,20 @@ impl Client {
         self.post(&format!("/v1/result/{}/log/{}", escape(job), log.name()), fragment, LOGS)
     }
 
-    /// The last fragment from `start` on that the server has; `None` when it has none.
+    /// Whether the server has `text` as what follows the first `told` bytes of a phase's log.
+    ///
+    /// Reads the whole result: the server lets no agent ask for fragments.
     ///
     /// # Errors
     /// As of every request: [`Error`].
-    pub fn last_fragment(&self, job: &str, log: Log, start: u64) -> Result<Option<u64>> {
-        let path = format!("/v1/result/{}/log/{}?start_fragment={start}", escape(job), log.name());
-        let Some(answer) = self.get_optional::<Value>(&path)? else { return Ok(None) };
-        let phases = answer.get(log.name()).and_then(Value::as_object);
-        let numbers =
-            phases.into_iter().flatten().filter_map(|(_, p)| p.get("last_fragment_number")?.as_u64());
-        Ok(numbers.max().filter(|number| *number >= start))
+    pub fn has_text(&self, job: &str, log: Log, phase: Phase, told: u64, text: &str) -> Result<bool> {
+        let path = format!("/v1/result/{}", escape(job));
+        let mut response = self.call(Method::GET, &path, Payload::None, FILES)?;
+        if response.status() == StatusCode::NO_CONTENT {
+            return Ok(false);
+        }
+        result::has_text(endless(&mut response), (phase, log), told, text)
+            .map_err(|error| self.broken(&path, error))
     }
 
     /// Tells the job's webhook, through the server, all that happened so far.
@@ -138,6 +150,8 @@ impl Client {
     /// As of every request: [`Error`].
     pub fn send_artifacts(&self, job: &str, archive: &Path) -> Result<()> {
         let path = format!("/v1/result/{}/artifact", escape(job));
-        self.call(Method::POST, &path, Payload::File(archive), FILES).map(drop)
+        let mut response = self.call(Method::POST, &path, Payload::File(archive), FILES)?;
+        let _ = io::copy(&mut endless(&mut response).take(LITTLE), &mut io::sink());
+        Ok(())
     }
 }

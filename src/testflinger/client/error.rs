@@ -38,6 +38,14 @@ pub enum Error {
         /// Why not.
         source: Box<Error>,
     },
+    /// A login would go over the network in clear text, which nobody asked for: it was not sent.
+    #[error(
+        "a login is not sent to {host} over plain HTTP, unasked\nFix: write `https://{host}`, or `http://{host}` if that is meant"
+    )]
+    Unsafe {
+        /// Where it would have gone.
+        host: String,
+    },
     /// A job that makes no sense.
     #[error(transparent)]
     WrongJob(#[from] WrongJob),
@@ -59,7 +67,7 @@ impl Error {
         match self {
             Self::Unreachable { .. } | Self::NoToken { .. } => true,
             Self::Refused { status, .. } => matches!(status, 401 | 403 | 408 | 425 | 429 | 500..),
-            Self::Garbled { .. } | Self::WrongJob(_) | Self::Here { .. } => false,
+            Self::Garbled { .. } | Self::Unsafe { .. } | Self::WrongJob(_) | Self::Here { .. } => false,
         }
     }
 
@@ -78,7 +86,7 @@ impl Error {
         match self {
             Self::Unreachable { .. } | Self::Garbled { .. } => true,
             Self::Refused { status, .. } => *status >= 500,
-            Self::NoToken { .. } | Self::WrongJob(_) | Self::Here { .. } => false,
+            Self::NoToken { .. } | Self::Unsafe { .. } | Self::WrongJob(_) | Self::Here { .. } => false,
         }
     }
 

@@ -3,6 +3,7 @@
 //! Does not retry, but for a token that expired: whether a request may be sent twice is known to
 //! the caller alone. [`Error::is_outage`] says when trying again later makes sense.
 
+mod address;
 mod agent;
 mod body;
 mod error;
@@ -15,7 +16,7 @@ pub use result::{JobResult, PhaseResult};
 pub use token::{Login, TokenFile};
 pub use user::{Found, LogPart};
 
-use base64::Engine;
+use address::Address;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -47,7 +48,7 @@ type Result<T> = std::result::Result<T, Error>;
 #[derive(Debug)]
 pub struct Client {
     http: ureq::Agent,
-    base: String,
+    address: Address,
     /// Sent with every request: the server tells agents apart by it when it hands out jobs.
     cookie: Option<String>,
     token: Token,
@@ -81,7 +82,7 @@ impl Client {
             .timeout_global(Some(USUAL))
             .tls_config(tls)
             .build();
-        Self { http: config.into(), base: base(address), cookie: None, token }
+        Self { http: config.into(), address: Address::of(address), cookie: None, token }
     }
 
     /// Speaks as the agent of this name.
@@ -91,9 +92,9 @@ impl Client {
         self
     }
 
-    /// Where the server is: scheme and host, without a slash at the end.
+    /// Where the server is: scheme and host, without a slash at the end, and without who we are to it.
     pub fn base(&self) -> &str {
-        &self.base
+        &self.address.base
     }
 
     /// Whether the server is there.
@@ -188,9 +189,11 @@ impl Client {
                 (path, self.send(&Method::POST, path, &Payload::Json(body.as_bytes()), limit, None)?)
             }
             Grant::Login(Login { client_id, secret_key }) => {
+                if self.address.is_guess() {
+                    return Err(Error::Unsafe { host: self.address.host().to_owned() });
+                }
                 let path = "/v1/oauth2/token";
-                let pair = format!("{client_id}:{secret_key}");
-                let basic = format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(pair));
+                let basic = address::basic(&format!("{client_id}:{secret_key}"));
                 (path, self.send(&Method::POST, path, &Payload::None, limit, Some(basic))?)
             }
         };
@@ -210,7 +213,7 @@ impl Client {
     ) -> Result<Response<Body>> {
         let url = self.url(path);
         let mut request = Request::builder().method(method.clone()).uri(&url);
-        if let Some(authorization) = authorization {
+        if let Some(authorization) = authorization.or_else(|| self.address.authorization.clone()) {
             request = request.header(header::AUTHORIZATION, authorization);
         }
         if let Some(cookie) = &self.cookie {
@@ -266,7 +269,7 @@ impl Client {
     }
 
     fn url(&self, path: &str) -> String {
-        format!("{}{path}", self.base)
+        format!("{}{path}", self.address.base)
     }
 
     /// What reading an answer's body came to.
@@ -298,20 +301,6 @@ enum Payload<'a> {
     File(&'a Path),
 }
 
-/// The scheme is put in front where it is missing; a path is lost, since all of ours are absolute.
-fn base(address: &str) -> String {
-    let address = address.trim();
-    let scheme = address.get(..4).is_some_and(|start| start.eq_ignore_ascii_case("http"));
-    let address = if scheme { address.to_owned() } else { format!("http://{address}") };
-    match address.split_once("://") {
-        Some((scheme, rest)) => {
-            let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
-            format!("{}://{host}", scheme.to_ascii_lowercase())
-        }
-        None => address,
-    }
-}
-
 /// One segment of a path, or one value of a query.
 fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
@@ -328,18 +317,6 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn addresses_are_completed_and_their_paths_dropped() {
-        for (address, expected) in [
-            ("localhost:5000", "http://localhost:5000"),
-            ("https://tf.example/", "https://tf.example"),
-            ("HTTP://tf.example/lab?x", "http://tf.example"),
-            (" 10.0.0.1 ", "http://10.0.0.1"),
-        ] {
-            assert_eq!(base(address), expected, "{address}");
-        }
-    }
 
     #[test]
     fn names_cannot_change_the_path() {

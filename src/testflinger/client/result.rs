@@ -1,23 +1,25 @@
 //! The result of a job, read as it arrives: it carries all of the job's logs, which may be large.
 
+use crate::testflinger::gauge::{Gauge, Room};
 use crate::testflinger::wire::{Log, Phase};
-use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use struson::reader::{
     JsonReader, JsonStreamReader, JsonSyntaxError, ReaderError, SyntaxErrorKind, ValueType,
 };
 
-/// What became of a job so far.
+/// What became of a job so far. Neither serial logs nor what the agent tells of its machine: nobody
+/// here asks for them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct JobResult {
     /// `waiting`, `running`, a phase, or one of [`job_state`](crate::testflinger::wire::job_state).
     pub state: String,
-    /// What the agent tells of the machine; null when it told nothing.
-    pub device_info: Value,
     /// The phases of which anything is known.
     pub phases: BTreeMap<Phase, PhaseResult>,
 }
+
+/// What is read into memory of a field's name, a state or a number.
+const LARGEST_NAME: u64 = 64 << 10;
 
 /// What became of one phase of a job.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -26,9 +28,7 @@ pub struct PhaseResult {
     pub status: Option<i64>,
     /// What its command printed.
     pub output: String,
-    /// What the serial console said.
-    pub serial: String,
-    /// True when a log was too long: its start alone is here.
+    /// True when there was too much of it: its start alone is here.
     pub is_cut: bool,
 }
 
@@ -49,18 +49,38 @@ fn seek<R: Read>(json: &mut JsonStreamReader<R>) -> Result<Option<String>, Reade
     Ok(None)
 }
 
-/// Reads a whole result. Of each log at most `largest` bytes are kept.
-pub(super) fn read(reader: impl Read, largest: u64) -> io::Result<JobResult> {
+/// Reads a result up to one log, and says whether `text` follows the first `skip` bytes of it.
+pub(super) fn has_text(reader: impl Read, log: (Phase, Log), skip: u64, text: &str) -> io::Result<bool> {
     let mut json = JsonStreamReader::new(reader);
+    json.begin_object().map_err(error)?;
+    while json.has_next().map_err(error)? {
+        let is_meant = matches!(part(json.next_name().map_err(error)?),
+            Some((phase, Part::Log(name))) if (phase, name) == log);
+        if is_meant {
+            let mut reader = json.next_string_reader().map_err(error)?;
+            io::copy(&mut reader.by_ref().take(skip), &mut io::sink()).map_err(inner)?;
+            let mut follows = Vec::new();
+            reader.take(text.len() as u64).read_to_end(&mut follows).map_err(inner)?;
+            return Ok(follows == text.as_bytes());
+        }
+        json.skip_value().map_err(error)?;
+    }
+    Ok(false)
+}
+
+/// Reads a whole result. Of each log at most `largest` bytes are kept.
+/// Nor is more kept of all of them together, whatever a server sends.
+pub(super) fn read(reader: impl Read, largest: u64) -> io::Result<JobResult> {
+    let room = Room::of(LARGEST_NAME);
+    let mut json = JsonStreamReader::new(Gauge::new(reader, &room));
+    let mut left = largest;
     let mut result = JobResult::default();
     json.begin_object().map_err(error)?;
     while json.has_next().map_err(error)? {
+        room.set(LARGEST_NAME);
         let name = json.next_name_owned().map_err(error)?;
         match (name.as_str(), json.peek().map_err(error)?) {
             ("job_state", ValueType::String) => result.state = json.next_string().map_err(error)?,
-            ("device_info", ValueType::Object) => {
-                result.device_info = value(&mut json)?;
-            }
             (name, kind) => match (part(name), kind) {
                 (Some((phase, Part::Status)), ValueType::Number) => {
                     let status = json.next_number::<i64>().map_err(error)?;
@@ -68,16 +88,17 @@ pub(super) fn read(reader: impl Read, largest: u64) -> io::Result<JobResult> {
                         status.map_err(|source| io::Error::new(io::ErrorKind::InvalidData, source))?;
                     result.phases.entry(phase).or_default().status = Some(status);
                 }
-                (Some((phase, Part::Log(log))), ValueType::String) => {
-                    let (text, is_cut) = text(json.next_string_reader().map_err(error)?, largest)?;
+                (Some((phase, Part::Log(Log::Output))), ValueType::String) => {
+                    room.set(u64::MAX);
+                    let (text, is_cut) = text(json.next_string_reader().map_err(error)?, left)?;
+                    left -= text.len() as u64;
                     let phase = result.phases.entry(phase).or_default();
-                    match log {
-                        Log::Output => phase.output = text,
-                        Log::Serial => phase.serial = text,
-                    }
-                    phase.is_cut |= is_cut;
+                    (phase.output, phase.is_cut) = (text, is_cut);
                 }
-                _ => json.skip_value().map_err(error)?,
+                _ => {
+                    room.set(u64::MAX);
+                    json.skip_value().map_err(error)?;
+                }
             },
         }
     }
@@ -111,11 +132,6 @@ fn text(mut reader: impl Read, largest: u64) -> io::Result<(String, bool)> {
         Err(error) => String::from_utf8_lossy(&error.as_bytes()[..error.utf8_error().valid_up_to()]).into(),
     };
     Ok((text, is_cut))
-}
-
-/// Small things: they are kept whole.
-fn value<R: Read>(json: &mut JsonStreamReader<R>) -> io::Result<Value> {
-    json.deserialize_next().map_err(|source| io::Error::new(io::ErrorKind::InvalidData, source))
 }
 
 /// What makes no sense is told from what did not arrive.
@@ -171,6 +187,21 @@ mod tests {
     }
 
     #[test]
+    fn a_text_is_found_at_its_place_alone() {
+        let result = json!({"test_output": "tick\ntick\n\u{e9}", "test_serial": "boot"}).to_string();
+        let has =
+            |log, skip, text| has_text(result.as_bytes(), (Phase::Test, log), skip, text).expect("reads");
+        assert!(
+            has(Log::Output, 0, "tick\n") && has(Log::Output, 5, "tick\n") && has(Log::Output, 10, "\u{e9}")
+        );
+        assert!(
+            !has(Log::Output, 10, "tick\n") && !has(Log::Output, 99, "x") && !has(Log::Serial, 0, "tick\n")
+        );
+        let setup = has_text(result.as_bytes(), (Phase::Setup, Log::Output), 0, "tick\n");
+        assert!(!setup.expect("reads"), "a log that nobody began");
+    }
+
+    #[test]
     fn a_result_has_statuses_and_logs_by_phase() {
         let text = json!({
             "device_info": {"device_ip": "10.1.1.1"}, "firmware_update_status": 3, "future": [{"x": 1}],
@@ -178,16 +209,8 @@ mod tests {
             "unknown_status": 1,
         });
         let result = read(text.to_string().as_bytes(), 100).expect("reads");
-        assert_eq!(
-            (result.state.as_str(), &result.device_info["device_ip"]),
-            ("complete", &json!("10.1.1.1"))
-        );
-        let test = PhaseResult {
-            status: Some(-9),
-            output: "a\u{e9}\n".into(),
-            serial: "boot".into(),
-            is_cut: false,
-        };
+        assert_eq!(result.state, "complete");
+        let test = PhaseResult { status: Some(-9), output: "a\u{e9}\n".into(), is_cut: false };
         let firmware = PhaseResult { status: Some(3), ..PhaseResult::default() };
         assert_eq!(result.phases, BTreeMap::from([(Phase::FirmwareUpdate, firmware), (Phase::Test, test)]));
     }
@@ -198,6 +221,21 @@ mod tests {
         let result = read(text.as_bytes(), 5).expect("reads");
         let test = &result.phases[&Phase::Test];
         assert_eq!((test.output.as_str(), test.status, test.is_cut), ("\u{e9}\u{e9}", Some(1), true));
+    }
+
+    #[test]
+    fn all_logs_together_have_a_limit_and_names_have_one() {
+        let long = "x".repeat(100);
+        let text = json!({"provision_output": long, "setup_output": long, "setup_serial": long, "test_output": long});
+        let result = read(text.to_string().as_bytes(), 150).expect("reads");
+        let sizes: Vec<_> = result.phases.values().map(|phase| (phase.output.len(), phase.is_cut)).collect();
+        assert_eq!(sizes.iter().map(|(size, _)| size).sum::<usize>(), 150, "{sizes:?}");
+        assert_eq!(sizes.iter().filter(|(_, is_cut)| *is_cut).count(), 2, "{sizes:?}");
+        for field in ["\"job_state\": \"", "\""] {
+            let bomb = io::Cursor::new(format!("{{{field}")).chain(io::repeat(b'x'));
+            let error = read(bomb, 100).expect_err("is refused before it is read");
+            assert!(error.to_string().contains("too large"), "{error}");
+        }
     }
 
     proptest! {

@@ -77,7 +77,7 @@ impl Client {
         self.get(&format!("/v1/job/search?match=all{tags}"))
     }
 
-    /// What became of a job so far, with at most `largest` bytes of each log; `None` when the server
+    /// What became of a job so far, with at most `largest` bytes of its logs together; `None` when the server
     /// does not have it.
     ///
     /// # Errors

@@ -11,13 +11,14 @@ use super::{Call, Owner, Site, door};
 use crate::connection::KeyPair;
 use crate::deadline::Deadline;
 use crate::fault::Fault;
-use crate::harness::{Errand, Settings};
+use crate::harness::{Errand, Settings, slots};
+use crate::host::{firmware, tools};
 use crate::image::{IMAGE_VARIABLE, Images};
 use crate::process::{self, Other};
 use crate::record::event::{Event, Events, Observer};
 use crate::record::{Environment, Scratch};
 use crate::testflinger::wire::Phase;
-use crate::vm::{Boot, Needs, Vm};
+use crate::vm::{Boot, Firmware, Needs, Vm, accel};
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::io::Write;
@@ -112,6 +113,7 @@ impl Site {
     fn keep_machine(&self, machine: &mut Machine) -> Result<()> {
         let user = request::user(&self.job, &self.config.user)?;
         let Wish { choice, environment, settings, needs } = self.wish()?;
+        check_host(&needs)?;
         let scratch = Scratch::under(&self.cache.join("machines"))?;
         let key = KeyPair::load_or_create(&self.cache.join("keys"))?;
         let ssh_agent = SshAgent::start(scratch.path(), &key)?;
@@ -171,6 +173,19 @@ impl Site {
         };
         known.map(|()| Wish { choice, environment, settings, needs })
     }
+}
+
+/// Looks for what no machine of this device can do without, whatever its image.
+fn check_host(needs: &Needs) -> Result<()> {
+    slots::machines_at_once()?;
+    accel::detect(&Deadline::after(Duration::from_secs(60), "looking for an accelerator"))?;
+    for program in ["qemu-system-x86_64", "qemu-img"] {
+        tools::require(program)?;
+    }
+    if needs.firmware == Firmware::Uefi {
+        firmware::require()?;
+    }
+    Ok(())
 }
 
 fn read_settings(project: &Path) -> Result<Settings> {

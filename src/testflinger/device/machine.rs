@@ -8,7 +8,7 @@ use crate::process::Other;
 use crate::record::{files, scratch};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::fs::DirBuilder;
 use std::io::{ErrorKind, Write};
 use std::net::{Ipv4Addr, SocketAddrV4, TcpStream};
@@ -18,6 +18,8 @@ use std::time::Duration;
 
 /// How long a keeper may take to end with its machine. It takes a tenth of a second.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+const SSH: u16 = 22;
 
 /// For `ssh -F`, in the run directory.
 const SSH_CONFIG: &str = "device-ssh-config";
@@ -122,10 +124,7 @@ impl Machine {
     /// Writes down for the agent and for users how to reach it.
     pub(super) fn introduce(&self, agent: &str, rundir: &Path) -> Result<()> {
         let Some(way) = &self.way else { return Ok(()) };
-        let mut info = json!({"device_port": way.port, "agent_name": agent});
-        if !way.is_trap() {
-            info["device_ip"] = json!(way.ip);
-        }
+        let info = way.info(agent, way.address());
         files::write_json(&rundir.join("device-info.json"), &json!({"device_info": info}))?;
         files::replace(&rundir.join(SSH_CONFIG), way.ssh_config().as_bytes())
     }
@@ -142,27 +141,44 @@ impl Way {
         )
     }
 
+    /// What the agent is told.
+    fn info(&self, agent: &str, address: Option<Ipv4Addr>) -> Value {
+        let mut info = json!({"device_port": self.port, "agent_name": agent});
+        if let Some(address) = address {
+            info["device_ip"] = json!(address);
+        }
+        info
+    }
+
     /// What the script of a job finds in its environment.
     pub(super) fn environment(&self, rundir: &Path) -> Vec<(&'static str, String)> {
+        self.variables(rundir, self.address())
+    }
+
+    fn variables(&self, rundir: &Path, address: Option<Ipv4Addr>) -> Vec<(&'static str, String)> {
         let mut variables = vec![
             ("DEVICE_PORT", self.port.to_string()),
             ("DEVICE_USER", self.user.clone()),
             ("DEVICE_SSH_CONFIG", rundir.join(SSH_CONFIG).to_string_lossy().into_owned()),
         ];
-        if !self.is_trap() {
-            variables.push(("DEVICE_IP", self.ip.to_string()));
-        }
+        variables.extend(address.map(|address| ("DEVICE_IP", address.to_string())));
         let socket = self.ssh_agent.as_ref().map(|socket| socket.to_string_lossy().into_owned());
         variables.extend(socket.map(|socket| ("SSH_AUTH_SOCK", socket)));
         variables
     }
 
-    /// Whether `ssh` to the address, without a port, would reach somebody else: this host itself. A
-    /// script that wipes its device would wipe the host.
-    pub(super) fn is_trap(&self) -> bool {
-        const SSH: u16 = 22;
-        let other = SocketAddrV4::new(self.ip, SSH).into();
-        self.port != SSH && TcpStream::connect_timeout(&other, Duration::from_secs(1)).is_ok()
+    /// The address, for who uses it without the port. `None` where `ssh` would then reach somebody else:
+    /// this host itself. A script that wipes its device would wipe the host.
+    pub(super) fn address(&self) -> Option<Ipv4Addr> {
+        self.address_at(SSH)
+    }
+
+    /// As [`Self::address`], where `usual` is the port of those who say none.
+    fn address_at(&self, usual: u16) -> Option<Ipv4Addr> {
+        let other = SocketAddrV4::new(self.ip, usual).into();
+        let is_trap =
+            self.port != usual && TcpStream::connect_timeout(&other, Duration::from_secs(1)).is_ok();
+        (!is_trap).then_some(self.ip)
     }
 
     /// A command line that leads in, from the run directory.
@@ -255,17 +271,21 @@ mod tests {
 
     #[test]
     fn a_script_is_not_led_to_the_host_itself() {
-        let way = Way { port: 4022, ..way() };
-        // As a server of this host would do it; only root may.
-        let Ok(_listener) = std::net::TcpListener::bind((way.ip, 22)) else { return };
-        assert!(way.is_trap());
-        let rundir = tempfile::tempdir().expect("temp dir");
-        Machine { way: Some(way.clone()), ..sleeper().1 }.introduce("a1", rundir.path()).expect("writes");
-        let info = std::fs::read_to_string(rundir.path().join("device-info.json")).expect("reads");
-        assert!(info.contains("4022") && !info.contains("device_ip"), "{info}");
-        assert!(way.environment(Path::new("/r")).iter().all(|(name, _)| *name != "DEVICE_IP"));
-        let free = Way { ip: Ipv4Addr::new(127, 64, 1, 3), ..way };
-        assert!(!free.is_trap());
-        assert!(free.environment(Path::new("/r")).contains(&("DEVICE_IP", "127.64.1.3".into())));
+        let way = Way { port: 4022, ip: Ipv4Addr::LOCALHOST, ..way() };
+        // A server of this host, on what is its usual port.
+        let server = std::net::TcpListener::bind((way.ip, 0)).expect("binds");
+        let usual = server.local_addr().expect("an address").port();
+        assert_eq!(way.address_at(usual), None);
+        let own = Way { port: usual, ..way.clone() };
+        assert_eq!(own.address_at(usual), Some(way.ip), "that is the machine");
+        let free = Way { ip: Ipv4Addr::new(127, 64, 1, 3), ..way.clone() };
+        assert_eq!(free.address_at(usual), Some(free.ip), "nobody is there");
+        let names = |address| way.variables(Path::new("/r"), address).into_iter().map(|(name, _)| name);
+        assert!(
+            names(None).all(|name| name != "DEVICE_IP")
+                && names(Some(way.ip)).any(|name| name == "DEVICE_IP")
+        );
+        assert_eq!(way.info("a1", None), json!({"device_port": 4022, "agent_name": "a1"}));
+        assert_eq!(way.info("a1", Some(way.ip))["device_ip"], "127.0.0.1");
     }
 }

@@ -53,7 +53,7 @@ pub(super) fn provision(site: &Site, keeper: Command) -> Result<()> {
         way.port
     ));
     say(format!("In the test: {}", way.command()));
-    if way.is_trap() {
+    if way.address().is_none() {
         say(format!(
             "DEVICE_IP is not set in the test, since port 22 of {} is this host's own SSH server. Where \
              that listens on certain addresses only (`ListenAddress`), the machine gets the port.",

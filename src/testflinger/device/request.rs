@@ -18,7 +18,7 @@ use std::time::Duration;
 #[error("the job cannot be done as it is")]
 pub(super) struct Refused;
 
-/// Whatever went wrong may be the fault of an image that only this job has.
+/// Whatever went wrong may be the fault of an image that the job chose: others need not choose it.
 #[derive(Clone, Copy, Debug, thiserror::Error)]
 #[error("the image is of the job's own choice")]
 pub(super) struct OwnImage;
@@ -37,9 +37,9 @@ pub(super) enum Choice {
 }
 
 impl Choice {
-    /// Whether other jobs have nothing to do with it.
+    /// Whether it is the job's, and not what the device offers to those that choose nothing.
     pub(super) fn is_own(&self) -> bool {
-        matches!(self, Self::File(_) | Self::Attached(_))
+        *self != Self::Default
     }
 }
 

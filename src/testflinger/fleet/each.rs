@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 /// How many are under way at once.
-const AT_ONCE: usize = 8;
+pub(super) const AT_ONCE: usize = 8;
 
 /// Does something for each, a few at a time; the answers in the same order.
 pub(super) fn each<T: Send, R: Send>(items: Vec<T>, act: impl Fn(T) -> R + Sync) -> Vec<R> {

@@ -1,35 +1,34 @@
 //! What comes back of a shard: the lines of its log, and its artifacts. Other hosts wrote all of it, so
 //! nothing of it is trusted.
 
-use super::run::Ended;
+use super::lab::Ended;
 use crate::record::ledger;
 use crate::record::{Record, files};
+use crate::testflinger::archive::{Limits, make_parents, members};
 use anyhow::{Context, Result, bail};
-use flate2::read::GzDecoder;
 use std::collections::HashSet;
 use std::fs::File;
-use std::io::{self, Read, Seek};
+use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
-use tar::{Archive, EntryType};
+use tar::EntryType;
 
 /// Before a ledger line in a shard's log.
 pub(super) const RECORD: &str = "shakedown-record: ";
 /// Before the exit status of the test binary in a shard's log.
 pub(super) const ENDED: &str = "shakedown-ended: ";
-/// What all evidence of a shard may have; more than any has, and less than fills a disk.
-const MOST_BYTES: u64 = 4 << 30;
+/// How many files the evidence of a shard may have.
 const MOST_MEMBERS: usize = 100_000;
 /// Evidence has `notes/RUN/SCENARIO/logs/diagnostics/FILE`, and a machine below a scenario once more.
 const DEEPEST: usize = 12;
 /// A ledger line with the longest reason there is.
 const LONGEST_LINE: usize = 4 << 20;
+/// What is kept in memory of the records in a shard's log: a thousand of them have a tenth of it.
+const MOST_HEARD: usize = 32 << 20;
 /// What is read into memory of its files, and what one that is read whole may have.
 const LARGEST_TEXT: u64 = 64 << 20;
 const LARGEST_JSON: u64 = 4 << 20;
-/// A member's name.
-const LONGEST_NAME: u64 = 64 << 10;
 /// How much of what a shard said last is kept, to explain its end.
 const LAST_WORDS: usize = 2000;
 
@@ -38,6 +37,8 @@ const LAST_WORDS: usize = 2000;
 pub(super) struct Log {
     /// A line whose end has not come yet.
     partial: String,
+    /// Of the lines of all records.
+    heard: usize,
     pub(super) records: Vec<Record>,
     pub(super) agent: Option<String>,
     pub(super) is_over: bool,
@@ -60,8 +61,11 @@ impl Log {
 
     fn line(&mut self, line: &str) {
         if let Some(record) = line.strip_prefix(RECORD) {
-            // A line that is broken is in the artifacts once more.
-            self.records.extend(ledger::parse_line(record.as_bytes()));
+            self.heard = self.heard.saturating_add(record.len());
+            // A line that is broken, or too much, is in the artifacts once more.
+            if self.heard <= MOST_HEARD {
+                self.records.extend(ledger::parse_line(record.as_bytes()));
+            }
         } else if line.starts_with(ENDED) {
             self.is_over = true;
         } else if let Some(agent) = banner(line) {
@@ -94,62 +98,30 @@ pub(super) struct Artifacts {
     pub(super) records: Vec<(Record, Option<PathBuf>)>,
 }
 
-/// Unpacks a shard's artifacts into the directory `into`, which it makes, and reads them.
+/// Unpacks a shard's artifacts into the directory `into`, which it makes, and reads them. They may be
+/// of `most` bytes.
 ///
 /// # Errors
 /// When it is no archive, or too large; what had come before that is lost.
-pub(super) fn unpack(mut archive: impl Read + Seek, into: &Path) -> Result<Artifacts> {
-    weigh(&mut archive)?;
+pub(super) fn unpack(archive: impl Read, into: &Path, most: u64) -> Result<Artifacts> {
+    let limits = Limits { bytes: most, members: MOST_MEMBERS };
     files::private_dir(into).with_context(|| files::cannot("make", into))?;
-    let mut archive = Archive::new(GzDecoder::new(archive));
-    let mut bytes = 0_u64;
-    for (count, entry) in archive.entries().context("the artifacts are no archive")?.enumerate() {
-        let mut entry = entry.context("the artifacts are no gzipped tar, or a part of one")?;
-        bytes = bytes.saturating_add(entry.size());
-        if bytes > MOST_BYTES || count >= MOST_MEMBERS {
-            bail!("the artifacts are too large");
-        }
-        let Some(name) = wanted(&entry.path_bytes()) else { continue };
+    let unpacked = members(archive, limits, |entry| {
         // Links are none of ours; nothing is ever written through one, since none is made.
-        match entry.header().entry_type() {
-            EntryType::Regular | EntryType::Continuous => {
-                let path = into.join(&name);
-                let is_read_whole = name.ends_with("metadata.json") || name.ends_with("record.json");
-                if is_read_whole && entry.size() > LARGEST_JSON {
-                    bail!("{} of the artifacts is too large", name.display());
-                }
-                make_parents(into, &name)?;
-                let mut options = File::options();
-                let file = options.write(true).create_new(true).mode(0o600).open(&path);
-                let mut file = file.with_context(|| files::cannot("make", &path))?;
-                io::copy(&mut entry, &mut file).with_context(|| files::cannot("unpack", &path))?;
-            }
-            _ => {}
+        let is_file = matches!(entry.header().entry_type(), EntryType::Regular | EntryType::Continuous);
+        let Some(name) = wanted(&entry.path_bytes()).filter(|_| is_file) else { return Ok(()) };
+        let is_read_whole = name.ends_with("metadata.json") || name.ends_with("record.json");
+        if is_read_whole && entry.size() > LARGEST_JSON {
+            bail!("{} is too large", name.display());
         }
-    }
+        make_parents(into, &name, 0o700)?;
+        let path = into.join(&name);
+        let file = File::options().write(true).create_new(true).mode(0o600).open(&path);
+        let mut file = file.with_context(|| files::cannot("make", &path))?;
+        io::copy(entry, &mut file).map(drop).with_context(|| files::cannot("unpack", &path))
+    });
+    unpacked.context("its artifacts are not what they should be")?;
     Ok(read(into))
-}
-
-/// Refuses what would not fit before a reader of names takes it into memory; then begins again.
-fn weigh(archive: &mut (impl Read + Seek)) -> Result<()> {
-    let mut bytes = 0_u64;
-    let mut members = Archive::new(GzDecoder::new(&mut *archive));
-    let entries = members.entries().context("the artifacts are no archive")?.raw(true);
-    for (count, entry) in entries.enumerate() {
-        let entry = entry.context("the artifacts are no gzipped tar, or a part of one")?;
-        let kind = entry.header().entry_type();
-        let is_name = kind.is_gnu_longname()
-            || kind.is_gnu_longlink()
-            || kind.is_pax_local_extensions()
-            || kind.is_pax_global_extensions();
-        bytes = bytes.saturating_add(entry.size());
-        // A member may come with two names.
-        if bytes > MOST_BYTES || count >= 3 * MOST_MEMBERS || (is_name && entry.size() > LONGEST_NAME) {
-            bail!("the artifacts are too large");
-        }
-    }
-    drop(members);
-    archive.rewind().context("the artifacts cannot be read again")
 }
 
 /// The name of a member below what is ours; `None` for all else.
@@ -163,20 +135,6 @@ fn wanted(name: &[u8]) -> Option<PathBuf> {
     let rest: Vec<_> = parts.collect();
     let plain = rest.iter().all(|part| matches!(part, Component::Normal(_)));
     (plain && (1..=DEEPEST).contains(&rest.len())).then(|| rest.into_iter().collect())
-}
-
-fn make_parents(into: &Path, name: &Path) -> Result<()> {
-    let mut at = into.to_owned();
-    for part in name.parent().into_iter().flat_map(Path::components) {
-        at.push(part);
-        match files::private_dir(&at) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(error).with_context(|| files::cannot("make", &at));
-            }
-            _ => {}
-        }
-    }
-    Ok(())
 }
 
 fn read(directory: &Path) -> Artifacts {
@@ -269,11 +227,12 @@ mod tests {
 
     fn unpacked(members: &[(&str, EntryType, &str)]) -> (tempfile::TempDir, Result<Artifacts>) {
         let dir = tempfile::tempdir().expect("dir");
-        let artifacts = unpack(io::Cursor::new(archive(members)), &dir.path().join("in"));
+        let artifacts = unpack(&archive(members)[..], &dir.path().join("in"), MOST);
         (dir, artifacts)
     }
 
     const FILE: EntryType = EntryType::Regular;
+    const MOST: u64 = 1 << 30;
 
     #[test]
     fn records_come_with_their_evidence() {
@@ -315,20 +274,6 @@ mod tests {
     }
 
     #[test]
-    fn a_name_of_megabytes_is_refused_before_it_is_read() {
-        let mut builder = Builder::new(GzEncoder::new(Vec::new(), Compression::fast()));
-        let mut header = Header::new_gnu();
-        header.set_entry_type(EntryType::GNULongName);
-        header.set_size(LONGEST_NAME + 1);
-        header.set_cksum();
-        builder.append(&header, io::repeat(b'x').take(LONGEST_NAME + 1)).expect("appends");
-        let bytes = builder.into_inner().expect("ends").finish().expect("ends");
-        let dir = tempfile::tempdir().expect("dir");
-        let error = unpack(io::Cursor::new(bytes), &dir.path().join("in")).expect_err("refused");
-        assert!(error.to_string().contains("too large"), "{error:#}");
-    }
-
-    #[test]
     fn evidence_is_one_records_alone() {
         let ledger = format!("{0}\n{0}\n", line("a", "passed"));
         let (_dir, artifacts) = unpacked(&[
@@ -358,12 +303,22 @@ mod tests {
     }
 
     #[test]
+    fn a_log_of_records_alone_does_not_fill_the_memory() {
+        let mut log = Log::default();
+        let record = line("a", "passed").replace("\"r\"", &format!("\"{}\"", "r".repeat(1 << 20)));
+        for _ in 0..64 {
+            log.hear(&format!("{RECORD}{record}\n"));
+        }
+        assert!((1..=32).contains(&log.records.len()), "{}", log.records.len());
+    }
+
+    #[test]
     fn a_member_that_comes_twice_and_half_an_archive_are_errors() {
         let twice = ("artifacts/shakedown/x", FILE, "x");
         unpacked(&[twice, twice]).1.expect_err("refused");
         let dir = tempfile::tempdir().expect("dir");
         let whole = archive(&[twice]);
-        unpack(io::Cursor::new(&whole[..whole.len() / 2]), &dir.path().join("in")).expect_err("refused");
+        unpack(&whole[..whole.len() / 2], &dir.path().join("in"), MOST).expect_err("refused");
     }
 
     #[test]
@@ -405,7 +360,7 @@ mod tests {
         #[test]
         fn any_archive_is_survived(bytes in prop::collection::vec(any::<u8>(), 0..300), name in ".{0,60}") {
             let dir = tempfile::tempdir().expect("dir");
-            let _ = unpack(io::Cursor::new(&bytes[..]), &dir.path().join("in"));
+            let _ = unpack(&bytes[..], &dir.path().join("in"), MOST);
             if let Some(path) = wanted(name.as_bytes()) {
                 prop_assert!(path.components().all(|part| matches!(part, Component::Normal(_))));
             }

@@ -1,7 +1,7 @@
 //! A shard as a job: what travels to its host, and what runs there.
 //!
-//! The job has one attachment, the same for all shards: the test binary and what else of the project it
-//! needs. Which scenarios to run stands in the job's script. The script wants a POSIX shell with the
+//! The attachments are the same for all shards: the test binary and what else of the project it needs,
+//! and those of the template. Which scenarios to run stands in the job's script. The script wants a POSIX shell with the
 //! usual tools, and runs in the job's directory, where agents unpack attachments below `attachments/`
 //! and take what is below `artifacts/` back.
 
@@ -9,15 +9,14 @@ use super::harvest::{ENDED, RECORD};
 use crate::fault::Fault;
 use crate::process::quote;
 use crate::record::files;
+use crate::testflinger::archive::{Copies, Packer};
+use crate::testflinger::template::{Attachment, Template};
 use anyhow::{Context, Result, bail, ensure};
-use flate2::Compression;
-use flate2::write::GzEncoder;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
-use std::fs::{self, File};
-use std::io::{BufWriter, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
-use tar::{Builder, Header};
 
 /// The test data that a template cannot give, since they are ours to say.
 const OURS: [&str; 2] = ["test_cmds", "attachments"];
@@ -26,7 +25,7 @@ const BINARY: &str = "shakedown/scenarios";
 const PROJECT: &str = "shakedown/project";
 
 /// What all shards of a run have in common.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Common {
     /// Which queue they go to.
     pub queue: String,
@@ -147,68 +146,68 @@ exit "$status"
     )
 }
 
-/// Packs what a shard needs: the test binary, and files and directories of the project, which are found
-/// below its root and are there again, under the same names, on the other host.
+/// What travels with each shard. A server knows no attachments that jobs share, so it is uploaded once
+/// a job; it is packed once, and each upload reads that file piece by piece.
+#[derive(Clone, Debug)]
+pub struct Luggage<'a> {
+    /// The test binary.
+    pub binary: &'a Path,
+    /// The directory of the project.
+    pub project: &'a Path,
+    /// Files and directories below it. They have the same names on the other host.
+    pub with: &'a [PathBuf],
+    /// Those of the template: for the phases before the test.
+    pub attachments: &'a [Attachment],
+}
+
+impl Luggage<'_> {
+    /// Packs it.
+    ///
+    /// # Errors
+    /// When something is missing, is not below the project, or cannot be packed.
+    pub fn pack(&self, archive: &Path) -> Result<()> {
+        let file = File::options().write(true).create_new(true).mode(0o600).open(archive);
+        let file = file.with_context(|| files::cannot("make", archive))?;
+        let mut packer = Packer::new(file, Copies::Plain);
+        packer.add(self.binary, &Path::new("test").join(BINARY))?;
+        let root = Path::new("test").join(PROJECT);
+        let manifest = Path::new("Cargo.toml");
+        let manifest = self.project.join(manifest).exists().then_some(manifest);
+        for path in manifest.into_iter().chain(self.with.iter().map(PathBuf::as_path)) {
+            let is_below = |part| matches!(part, Component::Normal(_) | Component::CurDir);
+            ensure!(
+                path.components().all(is_below),
+                Fault::host(format!("{} is not below the project", path.display()))
+                    .fix("name a path relative to the directory of its Cargo.toml")
+            );
+            let clean: PathBuf = path.components().filter(|part| *part != Component::CurDir).collect();
+            packer.add(&self.project.join(&clean), &root.join(&clean))?;
+        }
+        for Attachment { local, member } in self.attachments {
+            packer.add(local, member)?;
+        }
+        packer.finish().with_context(|| files::cannot("write", archive))
+    }
+}
+
+/// Reads what a user's template says of the job, and which files it wants along.
 ///
 /// # Errors
-/// When one is missing, is not below the project, or cannot be packed.
-pub fn pack(archive: &Path, binary: &Path, project: &Path, with: &[PathBuf]) -> Result<()> {
-    let file = File::options().write(true).create_new(true).open(archive);
-    let file = file.with_context(|| files::cannot("make", archive))?;
-    file.set_permissions(fs::Permissions::from_mode(0o600))?;
-    let mut builder = Builder::new(GzEncoder::new(BufWriter::new(file), Compression::default()));
-    add(&mut builder, binary, &Path::new("test").join(BINARY))?;
-    let root = Path::new("test").join(PROJECT);
-    for path in [Path::new("Cargo.toml")].into_iter().chain(with.iter().map(PathBuf::as_path)) {
-        let plain = path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
-        ensure!(
-            plain,
-            Fault::host(format!("{} is not below the project", path.display()))
-                .fix("name a path relative to the directory of its Cargo.toml")
-        );
-        let clean: PathBuf = path.components().filter(|part| matches!(part, Component::Normal(_))).collect();
-        if clean == Path::new("Cargo.toml") && !project.join(&clean).exists() {
-            continue;
-        }
-        add_all(&mut builder, &project.join(&clean), &root.join(&clean))?;
-    }
-    builder.into_inner()?.finish()?.flush().with_context(|| files::cannot("write", archive))
-}
-
-fn add_all(builder: &mut Builder<impl Write>, path: &Path, name: &Path) -> Result<()> {
-    let meta = fs::symlink_metadata(path).with_context(|| files::cannot("read", path))?;
-    if !meta.is_dir() {
-        return add(builder, path, name);
-    }
-    let entries = fs::read_dir(path).with_context(|| files::cannot("read", path))?;
-    let mut entries: Vec<_> = entries.collect::<std::io::Result<_>>()?;
-    entries.sort_by_key(fs::DirEntry::file_name);
-    for entry in entries {
-        add_all(builder, &entry.path(), &name.join(entry.file_name()))?;
-    }
-    Ok(())
-}
-
-/// A file, or what a link leads to: agents refuse links that lead out of an archive. Of all modes only
-/// the right to execute travels.
-fn add(builder: &mut Builder<impl Write>, path: &Path, name: &Path) -> Result<()> {
-    let read = || -> Result<(File, fs::Metadata)> {
-        let meta = fs::metadata(path)?;
-        ensure!(meta.is_file(), "it is no file");
-        Ok((File::open(path)?, meta))
+/// What is wrong with it.
+pub fn read_template(path: &Path) -> Result<(Map<String, Value>, Vec<Attachment>)> {
+    let read = || -> Result<_> {
+        let filled = Template::read(path)?.plain()?;
+        Ok((filled.job, filled.attachments))
     };
-    let (file, meta) = read().with_context(|| files::cannot("pack", path))?;
-    let mut header = Header::new_gnu();
-    header.set_size(meta.len());
-    header.set_mode(if meta.permissions().mode() & 0o100 == 0 { 0o644 } else { 0o755 });
-    header.set_mtime(0);
-    builder.append_data(&mut header, name, file).with_context(|| files::cannot("pack", path))
+    read().with_context(|| Fault::host(format!("cannot use the template {}", path.display())))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use flate2::read::GzDecoder;
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
 
     fn common(template: Value) -> Common {
         let template = template.as_object().cloned().unwrap_or_default();
@@ -253,32 +252,35 @@ mod tests {
         }
         fs::set_permissions(path("binary"), fs::Permissions::from_mode(0o775)).expect("sets");
         std::os::unix::fs::symlink(path("binary"), path("project/fixtures/link")).expect("links");
-        let archive = path("a.tar.gz");
-        pack(&archive, &path("binary"), &path("project"), &["./fixtures".into()]).expect("packs");
-        let mut archive = tar::Archive::new(GzDecoder::new(File::open(archive).expect("opens")));
-        let members: Vec<_> = archive
-            .entries()
-            .expect("a tar")
-            .map(|entry| {
-                let entry = entry.expect("a member");
-                let name = entry.path().expect("a name").display().to_string();
-                assert!(entry.header().entry_type().is_file(), "{name}");
-                (name, entry.header().mode().expect("a mode"))
-            })
-            .collect();
+        let attachments = [Attachment { local: path("binary"), member: "provision/image".into() }];
+        let (binary, project, attachments) = (&path("binary"), &path("project"), &attachments);
+        let pack = |archive: &str, with: &str| {
+            Luggage { binary, project, with: &[with.into()], attachments }.pack(&path(archive))
+        };
+        pack("a.tar.gz", "./fixtures").expect("packs");
+        let mut archive = tar::Archive::new(GzDecoder::new(File::open(path("a.tar.gz")).expect("opens")));
+        let entry = |entry: std::io::Result<tar::Entry<'_, _>>| {
+            let entry = entry.expect("a member");
+            let name = entry.path().expect("a name").display().to_string();
+            assert!(!entry.header().entry_type().is_symlink(), "{name}");
+            (name, entry.header().mode().expect("a mode"))
+        };
+        let members: Vec<_> = archive.entries().expect("a tar").map(entry).collect();
         let project = |name: &str, mode| (format!("test/shakedown/project/{name}"), mode);
         assert_eq!(
             members,
             [
                 ("test/shakedown/scenarios".to_owned(), 0o755),
                 project("Cargo.toml", 0o644),
+                project("fixtures", 0o755),
                 project("fixtures/link", 0o755),
+                project("fixtures/sub", 0o755),
                 project("fixtures/sub/a", 0o644),
+                ("provision/image".to_owned(), 0o755),
             ]
         );
         for odd in ["../binary", "/etc/passwd", "missing"] {
-            pack(&path(&odd.replace('/', "_")), &path("binary"), &path("project"), &[odd.into()])
-                .expect_err(odd);
+            pack(&odd.replace('/', "_"), odd).expect_err(odd);
         }
     }
 }

@@ -3,10 +3,11 @@
 //! Decides by what a [`Lab`] shows, and acts through it alone, so that the simulation exercises this
 //! very code. Time is the lab's, too.
 
+use super::lab::{Ended, JobState, Lab, Order, Trouble, Verdict};
 use super::shards::{End, GivenUp, Shard, ShardId, Shards, State};
-use super::split::{Index, Sizes};
+use super::split::Sizes;
 use crate::testflinger::client::OUTAGE;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::time::Duration;
 
 /// Each shard that runs is listened to so often.
@@ -34,142 +35,6 @@ const SMALLEST: Duration = Duration::from_secs(60);
 /// dies has to be done again.
 const LARGEST: Duration = Duration::from_secs(3600);
 
-/// Why something could not be done.
-#[derive(Debug)]
-pub enum Trouble {
-    /// The server is away: later it may be done.
-    Away(String),
-    /// It will never be done.
-    Fatal(anyhow::Error),
-    /// Ctrl-C.
-    Interrupted,
-}
-
-/// A shard to be submitted.
-#[derive(Clone, Debug)]
-pub struct Order {
-    /// Which.
-    pub shard: ShardId,
-    /// What it has to run.
-    pub scenarios: Vec<Index>,
-    /// Who shall not get it.
-    pub exclude: BTreeSet<String>,
-}
-
-/// What a shard that runs was heard to say.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct News {
-    /// Anything at all, since it was last listened to.
-    pub any: bool,
-    /// Who runs it, when that is known.
-    pub agent: Option<String>,
-    /// Its scenarios are over; what remains is the agent's work.
-    pub over: bool,
-}
-
-/// What came back of a shard.
-#[derive(Debug)]
-pub struct Harvest<F> {
-    /// Verdicts of its scenarios.
-    pub findings: Vec<(Index, F)>,
-    /// How its run ended; `None` when it did not.
-    pub ended: Option<Ended>,
-    /// Who ran it.
-    pub agent: Option<String>,
-    /// When it did not end: why.
-    pub why: String,
-}
-
-/// How the run of a shard ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ended {
-    /// Why it could run nowhere; `None` when it ran.
-    pub hopeless: Option<String>,
-    /// The exit status of the test binary, and the last line that it printed.
-    pub how: String,
-    /// What its scenarios took.
-    pub took: Duration,
-}
-
-/// What becomes of a scenario.
-#[derive(Debug)]
-pub enum Verdict<F> {
-    /// What its shard says.
-    Found(F),
-    /// It has none, and this is why.
-    Error(String),
-    /// Nobody waits for one any more.
-    Interrupted,
-}
-
-/// Where shards run.
-pub trait Lab {
-    /// A verdict with its evidence, as the lab knows it.
-    type Finding;
-
-    /// Since the lab was opened.
-    fn now(&self) -> Duration;
-
-    /// Lets time pass.
-    ///
-    /// # Errors
-    /// [`Trouble::Interrupted`].
-    fn rest(&mut self, time: Duration) -> Result<(), Trouble>;
-
-    /// How many agents may take shards, without those.
-    ///
-    /// # Errors
-    /// When the server does not say.
-    fn hosts(&mut self, without: &BTreeSet<String>) -> Result<usize, Trouble>;
-
-    /// Submits shards; the ids of their jobs. A shard that could not be submitted for an outage is
-    /// tried again later, and is never there twice.
-    fn submit(&mut self, orders: &[Order]) -> Vec<Result<String, Trouble>>;
-
-    /// The states of all jobs, in one request.
-    ///
-    /// # Errors
-    /// When the server does not say.
-    fn states(&mut self) -> Result<HashMap<String, JobState>, Trouble>;
-
-    /// Listens to shards that run.
-    fn listen(&mut self, shards: &[(ShardId, String)]) -> Vec<Result<News, Trouble>>;
-
-    /// What there is of shards that are over.
-    fn collect(&mut self, shards: &[(ShardId, String)]) -> Vec<Result<Harvest<Self::Finding>, Trouble>>;
-
-    /// The verdicts that were heard of a shard, without asking anybody.
-    fn heard(&mut self, shard: ShardId) -> Vec<(Index, Self::Finding)>;
-
-    /// Ends jobs, if they are not over.
-    fn cancel(&mut self, jobs: &[String]);
-
-    /// Puts a verdict on record.
-    ///
-    /// # Errors
-    /// When it cannot be written.
-    fn keep(&mut self, scenario: Index, verdict: Verdict<Self::Finding>) -> Result<(), Trouble>;
-
-    /// Something that a person wants to know.
-    fn say(&mut self, text: &str);
-
-    /// The books after each round, to be kept and shown.
-    fn round(&mut self, shards: &Shards);
-}
-
-/// A job, as far as it matters here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum JobState {
-    /// Nobody has it yet.
-    Waiting,
-    /// Something is done for it, but no test.
-    Busy,
-    /// Its test runs, or has run.
-    Testing,
-    /// Nothing more happens to it.
-    Over,
-}
-
 /// Runs all scenarios. Each has its verdict on record when this returns, whatever happened; `most` is
 /// how many jobs there may be at once.
 ///
@@ -187,9 +52,9 @@ pub fn run<L: Lab>(lab: &mut L, shards: &mut Shards, most: Option<usize>) -> Res
         away: None,
     };
     let mut result = fleet.until_done(lab, shards);
-    let open: Vec<_> = shards.open().filter_map(|(id, shard)| Some((id, shard.job.clone()?))).collect();
+    let open = jobs_of(shards.open());
     if !open.is_empty() {
-        lab.cancel(&open.iter().map(|(_, job)| job.clone()).collect::<Vec<_>>());
+        lab.cancel(&open);
     }
     for (id, _) in open {
         for (scenario, finding) in lab.heard(id) {
@@ -210,6 +75,7 @@ pub fn run<L: Lab>(lab: &mut L, shards: &mut Shards, most: Option<usize>) -> Res
         let kept = lab.keep(scenario, verdict);
         result = result.and(kept);
     }
+    result = result.and(lab.write_down(shards));
     lab.round(shards);
     result
 }
@@ -269,6 +135,7 @@ impl Fleet {
                     crate::deadline::human(PATIENCE)
                 )));
             }
+            lab.write_down(shards)?;
             lab.round(shards);
             if !shards.all_done() {
                 lab.rest(interval(shards))?;
@@ -283,9 +150,8 @@ impl Fleet {
             self.collect(lab, shards, over, None)?;
             let silent = self.listen(lab, shards)?;
             if !silent.is_empty() {
-                let jobs: Vec<_> = silent.iter().map(|(_, job)| job.clone()).collect();
                 // First the end, then the harvest: nothing comes after it.
-                lab.cancel(&jobs);
+                lab.cancel(&silent);
                 self.collect(lab, shards, silent, Some("its host fell silent"))?;
             }
         }
@@ -308,6 +174,7 @@ impl Fleet {
         shards.make(most.saturating_sub(open), Sizes { hosts, smallest, largest: LARGEST });
         let order = |(shard, new): (ShardId, &Shard)| Order {
             shard,
+            job: new.job.clone(),
             scenarios: new.scenarios.clone(),
             exclude: shards.distrusted().clone(),
         };
@@ -316,13 +183,11 @@ impl Fleet {
         if orders.is_empty() {
             return Ok(());
         }
+        lab.write_down(shards)?;
         let mut trouble = Ok(());
         for (order, result) in orders.iter().zip(lab.submit(&orders)) {
             match result {
-                Ok(job) => {
-                    let shard = shards.get_mut(order.shard);
-                    (shard.job, shard.state) = (Some(job), State::Waiting);
-                }
+                Ok(()) => shards.get_mut(order.shard).state = State::Waiting,
                 Err(error) => trouble = worse(trouble, error),
             }
         }
@@ -333,8 +198,12 @@ impl Fleet {
     fn watch<L: Lab>(&mut self, lab: &mut L, shards: &mut Shards) -> Result<Vec<(ShardId, String)>, Trouble> {
         let states = lab.states()?;
         let now = lab.now();
-        let open: Vec<_> = shards.open().filter_map(|(id, shard)| Some((id, shard.job.clone()?))).collect();
+        // One that is not submitted is no business of the server's.
+        let open = jobs_of(shards.open().filter(|(_, shard)| shard.state != State::New));
         let mut over = Vec::new();
+        // Before agents are counted there are shards in a run that goes on alone: how long their way
+        // to their scenarios was, nobody knows.
+        let went_on = self.counted.is_none() && self.setup.is_none();
         self.started = 0;
         for (id, job) in open {
             let shard = shards.get_mut(id);
@@ -353,7 +222,7 @@ impl Fleet {
                         other => {
                             *other = State::Running { since: now, heard: now, testing: tests, over: false };
                             self.started += 1;
-                            if tests {
+                            if tests && !went_on {
                                 self.setup = self.setup.max(Some(Duration::ZERO));
                             }
                         }
@@ -371,7 +240,7 @@ impl Fleet {
         shards: &mut Shards,
     ) -> Result<Vec<(ShardId, String)>, Trouble> {
         let (now, pause) = (lab.now(), interval(shards));
-        let ends = |shard: &super::shards::Shard| matches!(shard.state, State::Running { over: true, .. });
+        let ends = |shard: &Shard| matches!(shard.state, State::Running { over: true, .. });
         let settled = self.setup.map_or(STUCK, |longest| (longest * SLOWER).max(SETTLED));
         // Evidence is waited for; but not long, when it is all that is waited for.
         let evidence = if shards.open().all(|(_, shard)| ends(shard)) { SILENCE } else { STUCK };
@@ -382,7 +251,7 @@ impl Fleet {
                 let last = self.listened.get(&id).copied().unwrap_or(since);
                 // Whoever may be lost is listened to before it is.
                 let suspect = testing && !over && now.saturating_sub(heard) + pause > SILENCE;
-                Some((!suspect, last, id, shard.job.clone()?))
+                Some((!suspect, last, id, shard.job.clone()))
             })
             .collect();
         running.sort();
@@ -479,6 +348,11 @@ impl Fleet {
 /// The pause between two rounds: the more there is to ask, the longer.
 fn interval(shards: &Shards) -> Duration {
     Duration::from_secs(3) + Duration::from_millis(12) * shards.open().count().min(1500) as u32
+}
+
+/// Shards with the ids of their jobs.
+fn jobs_of<'a>(shards: impl Iterator<Item = (ShardId, &'a Shard)>) -> Vec<(ShardId, String)> {
+    shards.map(|(id, shard)| (id, shard.job.clone())).collect()
 }
 
 fn hear_all(shards: &mut Shards, now: Duration) {

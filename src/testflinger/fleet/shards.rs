@@ -18,8 +18,8 @@ pub type ShardId = usize;
 pub struct Shard {
     /// What it has to run.
     pub scenarios: Vec<Index>,
-    /// The server's id of the job.
-    pub job: Option<String>,
+    /// The id of its job: ours to choose, so that it is known before the server hears of it.
+    pub job: String,
     /// Where it is.
     pub state: State,
     /// Who took it.
@@ -109,6 +109,31 @@ impl Shards {
         }
     }
 
+    /// Of a run that goes on: with the shards there were, and the scenarios that have a verdict.
+    pub fn resumed(expected: Vec<Duration>, all: Vec<Shard>, done: impl IntoIterator<Item = Index>) -> Self {
+        let mut shards = Self::new(expected);
+        for shard in &all {
+            for scenario in shard.scenarios.iter().copied() {
+                match shard.state {
+                    // Of a scenario that has no verdict it was the end.
+                    State::Ended | State::Lost(_) => {
+                        shards.losses[scenario] = shards.losses[scenario].saturating_add(1);
+                    }
+                    State::Dropped => {}
+                    _ => shards.backlog.remove(scenario, shards.expected[scenario]),
+                }
+            }
+            if let (State::Lost(_), Some(agent)) = (&shard.state, &shard.agent) {
+                shards.distrusted.insert(agent.clone());
+            }
+        }
+        for scenario in done {
+            shards.finish(scenario);
+            shards.backlog.remove(scenario, shards.expected[scenario]);
+        }
+        Self { all, ..shards }
+    }
+
     /// True when each scenario has its verdict.
     pub fn all_done(&self) -> bool {
         self.owed == 0
@@ -166,7 +191,8 @@ impl Shards {
         while made.len() < most && !self.backlog.is_empty() {
             let scenarios = self.backlog.next_shard(sizes);
             made.push(self.all.len());
-            self.all.push(Shard { scenarios, job: None, state: State::New, agent: None });
+            let job = uuid::Uuid::new_v4().to_string();
+            self.all.push(Shard { scenarios, job, state: State::New, agent: None });
         }
         made
     }
@@ -296,6 +322,8 @@ mod tests {
     enum Happening {
         Make(usize),
         Verdict(usize, usize),
+        /// The process dies, and another one goes on.
+        Die,
         Close(usize, u8),
     }
 
@@ -304,6 +332,7 @@ mod tests {
             (0usize..4).prop_map(Happening::Make),
             (any::<usize>(), any::<usize>()).prop_map(|(a, b)| Happening::Verdict(a, b)),
             (any::<usize>(), 0u8..4).prop_map(|(a, b)| Happening::Close(a, b)),
+            Just(Happening::Die),
         ]
     }
 
@@ -324,6 +353,14 @@ mod tests {
                         verdicts[scenario] += usize::from(shards.accept(shard, scenario));
                     }
                     Happening::Verdict(..) => {}
+                    Happening::Die => {
+                        let done = (0..count).filter(|scenario| verdicts[*scenario] > 0);
+                        let (old, all) = (shards.losses.clone(), shards.all.clone());
+                        shards = Shards::resumed(shards.expected.clone(), all, done);
+                        for scenario in shards.unfinished() {
+                            prop_assert_eq!(shards.losses[scenario], old[scenario]);
+                        }
+                    }
                     Happening::Close(shard, how) => {
                         let open: Vec<_> = shards.open().map(|(id, _)| id).collect();
                         let Some(shard) = open.get(shard % open.len().max(1)) else { continue };

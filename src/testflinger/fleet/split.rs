@@ -43,6 +43,12 @@ impl Backlog {
         }
     }
 
+    pub(super) fn remove(&mut self, scenario: Index, length: Duration) {
+        if self.by_length.remove(&(length, scenario)) {
+            self.total -= length;
+        }
+    }
+
     /// What all of it takes.
     pub(super) fn total(&self) -> Duration {
         self.total
@@ -61,8 +67,7 @@ impl Backlog {
         let mut room = Room { left: size.as_secs_f64(), squares: 0.0 };
         let mut least = sizes.smallest;
         while let Some((length, scenario)) = self.longest(room.longest().max(least), shard.is_empty()) {
-            self.by_length.remove(&(length, scenario));
-            self.total -= length;
+            self.remove(scenario, length);
             room.take(length);
             least = least.saturating_sub(length);
             shard.push(scenario);

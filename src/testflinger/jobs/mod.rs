@@ -1,6 +1,6 @@
 //! The job client: one job for each machine of a list, submitted, watched and judged.
 //!
-//! Owns the machines file, the template, the output directory and what a job's result means. Talks to
+//! Owns the machines file, the output directory and what a job's result means. Talks to
 //! the server through [`client`](super::client); showing anything to anybody is the caller's business.
 //!
 //! One thread decides ([`run()`]); a few workers wait for the network, so that it is always free to hear
@@ -17,7 +17,6 @@ mod plan;
 mod record;
 mod retry;
 mod store;
-pub mod template;
 mod work;
 
 pub use drive::run;
@@ -42,7 +41,7 @@ pub struct Options {
     pub watch: bool,
     /// See [`machines`]. Read for submissions only.
     pub machines_file: PathBuf,
-    /// See [`template`]. Read for submissions only.
+    /// See [`template`](super::template). Read for submissions only.
     pub template_file: PathBuf,
     /// Where a directory for each machine is.
     pub output_dir: PathBuf,

@@ -120,7 +120,7 @@ mod tests {
             let output = (*output).to_owned();
             (*phase, PhaseResult { status: Some(*status), output, ..PhaseResult::default() })
         });
-        JobResult { state: state.into(), phases: phases.collect(), ..JobResult::default() }
+        JobResult { state: state.into(), phases: phases.collect() }
     }
 
     #[test]

@@ -1,14 +1,13 @@
 //! The archive of a job's attachments: a gzipped tar, packed once for all machines with the same files.
 
-use super::template::Attachment;
 use crate::fault::Fault;
+use crate::testflinger::archive::{Copies, Packer};
+use crate::testflinger::template::Attachment;
 use anyhow::{Context, Result};
-use flate2::Compression;
-use flate2::write::GzEncoder;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A file without a name: however this process ends, nothing is left.
@@ -45,30 +44,21 @@ impl Packs {
 
 fn pack(attachments: &[Attachment]) -> Result<Archive> {
     let file = tempfile::tempfile().context(Fault::host("cannot make an archive of the attachments"))?;
-    let mut tar = tar::Builder::new(GzEncoder::new(&file, Compression::default()));
-    // Links in a directory stay links; whether they may is for the agent to say.
-    tar.follow_symlinks(false);
+    let mut packer = Packer::new(&file, Copies::Faithful);
     for Attachment { local, member } in attachments {
-        add(&mut tar, local, member)
+        packer
+            .add(local, member)
             .with_context(|| Fault::host(format!("cannot pack the attachment {}", local.display())))?;
     }
-    let written = tar.into_inner().and_then(GzEncoder::finish);
-    written.context(Fault::host("cannot write the archive of the attachments"))?;
+    packer.finish().context(Fault::host("cannot write the archive of the attachments"))?;
     Ok(Archive(file))
-}
-
-fn add<W: std::io::Write>(tar: &mut tar::Builder<W>, local: &Path, member: &Path) -> Result<()> {
-    if local.is_dir() {
-        Ok(tar.append_dir_all(member, local)?)
-    } else {
-        Ok(tar.append_path_with_name(local, member)?)
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+    use std::path::Path;
 
     #[test]
     fn files_directories_and_modes_are_packed_and_only_once() {
@@ -101,7 +91,7 @@ mod tests {
             .collect();
         members.sort();
         let expected = [
-            ("provision/data/", b'5', 0o100),
+            ("provision/data", b'5', 0o100),
             ("provision/data/link", b'2', 0o100),
             ("provision/data/one", b'0', 0),
             ("test/bin/tool", b'0', 0o100),

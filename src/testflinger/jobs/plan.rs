@@ -3,11 +3,11 @@
 use super::pack::Packs;
 use super::retry::Retry;
 use super::store::{Job, RunFile, Stage, Store};
-use super::template::{PLACEHOLDER, Template};
 use super::work::Shop;
 use super::{Options, Row, WrongInput, machines};
 use crate::fault::Fault;
 use crate::testflinger::client::Client;
+use crate::testflinger::template::{PLACEHOLDER, Template};
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -171,7 +171,9 @@ fn server(options: &Options, run: Option<&RunFile>) -> Result<String> {
         let fix = format!("give `--server {}` if that is to have your login", run.server);
         return Err(Fault::host(what).fix(fix).into());
     }
-    Ok(run.server.clone())
+    // Who we are to it may be in what was given, and is in no file.
+    let given = options.server.as_ref().or(Some(&options.default_server).filter(|_| run.server == usual));
+    Ok(given.unwrap_or(&run.server).clone())
 }
 
 fn nothing(directory: &Path) -> anyhow::Error {
@@ -190,7 +192,8 @@ fn read_machines(path: &Path) -> Result<Vec<String>> {
 }
 
 fn read_template(path: &Path, machines: &[String]) -> Result<Template> {
-    let template = Template::read(path)?;
+    let named = || Fault::host("the template cannot be had").fix("name it with `--template-file FILE`");
+    let template = Template::read(path).with_context(named)?;
     let wrong = || WrongInput(format!("the template {} is wrong", path.display()));
     if machines.len() > 1 && !template.has_placeholder() {
         return Err(Fault::host(format!("it is the same job for all machines: it has no {PLACEHOLDER}"))

@@ -3,17 +3,17 @@
 use super::outcome::{self, Outcome};
 use super::pack::{Archive, Packs};
 use super::store::{Ended, HW_STATUS, Job, OUTPUT, Stage, Store, log_of};
-use super::template::Template;
 use super::{Trouble, hw_status};
 use crate::fault::Fault;
 use crate::record::metadata::Utc;
 use crate::testflinger::client::{Client, Error, JobResult, PhaseResult};
+use crate::testflinger::template::Template;
 use crate::testflinger::wire::{Phase, job_state};
 use serde_json::Value;
 use std::borrow::Cow;
 
-/// Of a phase's output, more than this is of no use, and would not fit into memory.
-const LARGEST_LOG: u64 = 32 << 20;
+/// Of what the phases of a job print, more than this is of no use, and would not fit into memory.
+const LARGEST_LOGS: u64 = 32 << 20;
 
 /// What all workers share.
 #[derive(Debug)]
@@ -129,7 +129,7 @@ impl Shop {
     /// Fetches the result of a job that has ended, keeps what is of use, and judges it; `None` when it
     /// goes on after all.
     pub(super) fn collect(&self, job: &Job) -> Done<Option<Ended>> {
-        let Some(result) = self.client.result(&job.job_id, LARGEST_LOG).map_err(watching)? else {
+        let Some(result) = self.client.result(&job.job_id, LARGEST_LOGS).map_err(watching)? else {
             return Ok(Some(expired()));
         };
         if !job_state::is_final(&result.state) {
@@ -163,8 +163,12 @@ impl Shop {
 /// What a phase printed, saying so where it is not all of it.
 fn whole(phase: &PhaseResult) -> Cow<'_, str> {
     if phase.is_cut {
-        format!("{}\n[the rest is left out: it has more than {} MiB]\n", phase.output, LARGEST_LOG >> 20)
-            .into()
+        format!(
+            "{}\n[the rest is left out: the job printed more than {} MiB]\n",
+            phase.output,
+            LARGEST_LOGS >> 20
+        )
+        .into()
     } else {
         phase.output.as_str().into()
     }
@@ -203,6 +207,12 @@ fn watching(error: Error) -> Trouble {
 
 /// Says what to do for a server that does not let us in.
 pub(super) fn refusal(error: Error) -> anyhow::Error {
+    if let Error::NoToken { source } = &error
+        && matches!(**source, Error::Unsafe { .. })
+    {
+        // It was never asked.
+        return error.into();
+    }
     let fault = Fault::host("the server refuses us");
     anyhow::Error::new(error)
         .context(fault.fix("check `--server`, TESTFLINGER_CLIENT_ID and TESTFLINGER_SECRET_KEY"))

@@ -1,15 +1,16 @@
-//! The template of a job: what is submitted for a machine, and which files go with it.
+//! The template of a job: what is submitted, and which files go with it.
 
 use crate::fault::Fault;
+use crate::record::files;
 use crate::testflinger::wire::Phase;
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Map, Value};
 use std::path::{Component, Path, PathBuf};
 
-/// What stands for the machine in a template.
+/// What stands for the machine in a template of jobs for several.
 pub const PLACEHOLDER: &str = "$CANONICAL_ID";
 
-/// A job description with placeholders.
+/// A job description, perhaps with placeholders.
 #[derive(Clone, Debug)]
 pub struct Template {
     text: String,
@@ -17,7 +18,7 @@ pub struct Template {
     place: PathBuf,
 }
 
-/// What is submitted for one machine.
+/// What is submitted.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Filled {
     /// As the server takes it.
@@ -48,10 +49,7 @@ impl Template {
             let place = std::fs::canonicalize(path)?;
             Ok(Self { text, place: place.parent().unwrap_or(Path::new("/")).to_owned() })
         };
-        read().with_context(|| {
-            Fault::host(format!("cannot read the template {}", path.display()))
-                .fix("name it with `--template-file FILE`")
-        })
+        read().with_context(|| files::cannot("read the template", path))
     }
 
     /// True when jobs of different machines differ.
@@ -62,18 +60,29 @@ impl Template {
     /// The job of `machine`.
     ///
     /// # Errors
-    /// What is wrong with the template: no YAML, no queue, attachments without a place.
+    /// As of [`Self::plain`]; a job without a queue.
     pub fn fill(&self, machine: &str) -> Result<Filled> {
-        let text = self.text.replace(PLACEHOLDER, machine);
-        let job: Value = serde_saphyr::from_str(&text).context("it is no YAML")?;
-        let Value::Object(mut job) = job else { bail!("it is no mapping of a job's fields") };
-        match job.get("job_queue") {
-            Some(Value::String(queue)) if !queue.is_empty() => {}
+        let filled = self.parse(&self.text.replace(PLACEHOLDER, machine))?;
+        match filled.job.get("job_queue") {
+            Some(Value::String(queue)) if !queue.is_empty() => Ok(filled),
             None => bail!("`job_queue` is missing"),
             Some(other) => {
                 bail!("`job_queue` is {other}, which is no text: put it in quotes, as \"{PLACEHOLDER}\"")
             }
         }
+    }
+
+    /// The job as it stands there. Its queue may be said elsewhere.
+    ///
+    /// # Errors
+    /// What is wrong with the template: no YAML, attachments without a place.
+    pub fn plain(&self) -> Result<Filled> {
+        self.parse(&self.text)
+    }
+
+    fn parse(&self, text: &str) -> Result<Filled> {
+        let job: Value = serde_saphyr::from_str(text).context("it is no YAML")?;
+        let Value::Object(mut job) = job else { bail!("it is no mapping of a job's fields") };
         ensure!(!job.contains_key("job_id"), "`job_id` is ours to choose: remove it");
         let tags = job.entry("tags").or_insert_with(|| Value::Array(Vec::new()));
         let is_list = tags.as_array().is_some_and(|tags| tags.iter().all(Value::is_string));

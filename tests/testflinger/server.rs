@@ -43,6 +43,9 @@ impl Job {
         let mut files = BTreeMap::new();
         for entry in archive.entries().expect("a tar") {
             let mut entry = entry.expect("an entry");
+            if entry.header().entry_type().is_dir() {
+                continue;
+            }
             let name = entry.path().expect("a path").to_string_lossy().into_owned();
             let mut content = Vec::new();
             std::io::Read::read_to_end(&mut entry, &mut content).expect("reads");
@@ -120,6 +123,24 @@ impl Server {
             let waited = self.shared.1.wait_timeout(state, Duration::from_millis(100));
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// Waits until `ready` finds what it looks for, however long: for those that serve the test.
+    pub(crate) fn wait<T>(&self, mut ready: impl FnMut(&mut State) -> Option<T>) -> T {
+        let mut state = self.state();
+        loop {
+            if let Some(found) = ready(&mut state) {
+                return found;
+            }
+            state = self.shared.1.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Changes something, of which those who wait hear.
+    pub(crate) fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let changed = change(&mut self.state());
+        self.shared.1.notify_all();
+        changed
     }
 
     /// From now on `hook` is asked of each request what shall happen to it. It may wait.
@@ -244,7 +265,11 @@ impl State {
             ("GET", ["result", id, "log", "output"]) => self.log(id, &request.query),
             ("GET", ["result", id, "artifact"]) => {
                 let artifacts = self.find(id).and_then(|job| job.artifacts.clone());
-                Some(artifacts.map_or(Answer::text(204, ""), |body| Answer { status: 200, body }))
+                Some(artifacts.map_or(Answer::text(204, ""), |body| Answer {
+                    status: 200,
+                    headers: Vec::new(),
+                    body,
+                }))
             }
             ("GET", ["queues", queue, "agents"]) => Some(match self.queues.get(*queue) {
                 None => Answer::json(

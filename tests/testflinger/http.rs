@@ -4,6 +4,7 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,8 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Debug)]
 pub(crate) struct Request {
     pub(crate) method: String,
+    /// As it came, with the query.
+    pub(crate) target: String,
     /// Without the query.
     pub(crate) path: String,
     pub(crate) query: Vec<(String, String)>,
@@ -46,16 +49,18 @@ pub(crate) enum Fault {
 
 pub(crate) struct Answer {
     pub(crate) status: u16,
+    pub(crate) headers: Vec<(String, String)>,
     pub(crate) body: Vec<u8>,
 }
 
 impl Answer {
     pub(crate) fn json(status: u16, value: &Value) -> Self {
-        Self { status, body: value.to_string().into_bytes() }
+        let headers = vec![("Content-Type".into(), "application/json".into())];
+        Self { status, headers, body: value.to_string().into_bytes() }
     }
 
     pub(crate) fn text(status: u16, text: &str) -> Self {
-        Self { status, body: text.as_bytes().to_vec() }
+        Self { status, headers: Vec::new(), body: text.as_bytes().to_vec() }
     }
 }
 
@@ -65,8 +70,10 @@ pub(crate) type Act = dyn Fn(&Request) -> (Option<Answer>, Option<Fault>) + Send
 #[derive(Clone)]
 pub(crate) struct Http {
     pub(crate) address: SocketAddr,
-    /// `None` while it is down.
-    connections: Arc<Mutex<Option<Vec<TcpStream>>>>,
+    /// By the port of their other end; `None` while it is down.
+    connections: Arc<Mutex<Option<BTreeMap<u16, TcpStream>>>>,
+    /// How many there were.
+    connected: Arc<AtomicUsize>,
     act: Arc<Act>,
 }
 
@@ -74,33 +81,43 @@ impl Http {
     pub(crate) fn start(act: Arc<Act>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("binds");
         let address = listener.local_addr().expect("an address");
-        let server = Self { address, connections: Arc::default(), act };
+        let server = Self { address, connections: Arc::default(), connected: Arc::default(), act };
         server.listen(listener);
         server
     }
 
-    fn connections(&self) -> MutexGuard<'_, Option<Vec<TcpStream>>> {
+    fn connections(&self) -> MutexGuard<'_, Option<BTreeMap<u16, TcpStream>>> {
         self.connections.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn listen(&self, listener: TcpListener) {
-        *self.connections() = Some(Vec::new());
+        *self.connections() = Some(BTreeMap::new());
         let server = self.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
+                let port = stream.peer_addr().map_or(0, |peer| peer.port());
                 match server.connections().as_mut() {
-                    Some(connections) => connections.push(stream.try_clone().expect("clones")),
+                    Some(connections) => connections.insert(port, stream.try_clone().expect("clones")),
                     None => return,
-                }
+                };
+                server.connected.fetch_add(1, Ordering::SeqCst);
                 let server = server.clone();
-                std::thread::spawn(move || server.converse(stream));
+                std::thread::spawn(move || {
+                    server.converse(stream);
+                    server.connections().as_mut().and_then(|connections| connections.remove(&port));
+                });
             }
         });
     }
 
+    /// How many connections there were.
+    pub(crate) fn connected(&self) -> usize {
+        self.connected.load(Ordering::SeqCst)
+    }
+
     /// Kills it: connections break, new ones are refused.
     pub(crate) fn down(&self) {
-        for connection in self.connections().take().into_iter().flatten() {
+        for connection in self.connections().take().unwrap_or_default().values() {
             let _ = connection.shutdown(Shutdown::Both);
         }
         // Each one wakes the thread that accepts, which ends then.
@@ -137,6 +154,9 @@ impl Http {
                 (_, Some(answer)) => answer,
             };
             let mut head = format!("HTTP/1.1 {} X\r\n", answer.status);
+            for (name, value) in &answer.headers {
+                head.push_str(&format!("{name}: {value}\r\n"));
+            }
             if answer.status != 204 {
                 head.push_str(&format!("Content-Length: {}\r\n", answer.body.len()));
             }
@@ -176,7 +196,8 @@ fn read_request(reader: &mut BufReader<TcpStream>) -> Option<Request> {
         (decoded(name), decoded(value))
     };
     let query = query.split('&').filter(|pair| !pair.is_empty()).map(pair).collect();
-    Some(Request { method, path: path.to_owned(), query, headers, body, json })
+    let path = path.to_owned();
+    Some(Request { method, target, path, query, headers, body, json })
 }
 
 fn decoded(text: &str) -> String {
