@@ -97,24 +97,40 @@ impl Diagnosis {
     }
 
     /// Installs what is missing, with the user's consent, and looks again.
-    pub(super) fn treat(self, yes: bool) -> Result<Self> {
-        let Some(plan) = Plan::new(self.report.missing_packages())? else { return Ok(self) };
+    ///
+    /// An installation may remove what does not go along with it, such as tools of a newer QEMU from
+    /// elsewhere; what goes along with it is then installed in their place.
+    pub(super) fn treat(mut self, yes: bool) -> Result<Self> {
+        let mut tried = Vec::new();
+        while let Some(plan) = Plan::new(self.report.missing_packages())? {
+            // The same once more would end the same way.
+            if tried.contains(&plan) || !self.install(&plan, yes)? {
+                break;
+            }
+            tried.push(plan);
+            self = Self::make(self.project)?;
+        }
+        Ok(self)
+    }
+
+    /// Whether it was consented to.
+    fn install(&self, plan: &Plan, yes: bool) -> Result<bool> {
         for check in self.report.problems() {
             terminal::say(&format!("{}: {} ({})", check.name, check.found, check.why));
         }
         let line = plan.line(host::is_root());
         terminal::say(&format!("This will be run:\n  {line}"));
         if !yes && terminal::interactive() && !terminal::ask("Go on?")? {
-            return Ok(self);
+            return Ok(false);
         }
         if !host::is_root() {
-            prepare_sudo(&plan)?;
+            prepare_sudo(plan)?;
         }
         let log = host::cache_dir()?.join("install.log");
         let deadline = Deadline::after(Duration::from_secs(3600), "installation of packages");
         plan.run(&log, &deadline, terminal::say)?;
         terminal::say(&format!("All output: {}", log.display()));
-        Self::make(self.project)
+        Ok(true)
     }
 
     pub(super) fn text(&self, paint: Paint) -> String {

@@ -74,10 +74,12 @@ const STOP_MD: Act = Act(
     mdadm --zero-superblock --force $members"#,
 );
 const CLOSE: Act = Act("close", "close", r#"dmsetup remove --retry "$1""#);
+/// Signatures first: udev would register again what is let go of and still has one.
 const STOP_BCACHE: Act = Act(
     "stop_bcache",
     "stop the cached disk",
     r#"dir=/sys/class/block/${1##*/}/bcache
+    for slave in "${dir%/bcache}"/slaves/*; do wipefs -q -a -f /dev/"${slave##*/}"; done
     if [ -e "$dir/cache" ]; then set=$(readlink -f "$dir/cache"); else set=; fi
     echo 1 >"$dir/stop"
     [ -z "$set" ] || echo 1 >"$set/stop"
