@@ -65,7 +65,7 @@ struct RunArgs {
     queue: Option<String>,
     /// Go on with a run that was killed: the name of its run directory, or `latest`
     #[arg(long, value_name = "RUN", conflicts_with_all = [
-        "queue", "markers", "test", "binary", "release", "with", "template", "filter"
+        "queue", "test", "binary", "release", "with", "template", "filter"
     ])]
     resume: Option<String>,
     /// How many jobs there are at once [default: one for each agent, and a few that wait]
@@ -118,18 +118,20 @@ impl RunArgs {
             Some(id) => self.resume(id)?,
             None => self.begin()?,
         };
-        let names = &saved.plan().scenarios;
-        let expected = expected(run.ledger(), names)?;
+        let names = saved.plan().scenarios.clone();
+        let expected = expected(run.ledger(), &names)?;
         let show = Show::new(names.len());
         let watcher = |notice: Notice<'_>| show.notice(&notice);
         let mut lab = ServerLab::new(client, &run, saved, &watcher);
         let mut shards = lab.go_on(left, expected);
         let result = run::run(&mut lab, &mut shards, self.shards.map(usize::from));
         show.finish();
-        // It can be made again, and is large.
-        let _ = std::fs::remove_file(Saved::archive(run.directory()));
-        run.end()?;
         let rows: Vec<_> = lab.rows().collect();
+        if rows.len() == names.len() {
+            // Large, and of no use any more. Without all verdicts on record the run can still be resumed.
+            let _ = std::fs::remove_file(Saved::archive(run.directory()));
+        }
+        run.end()?;
         view::print(&rows, &run, &shards, self.json)?;
         match result {
             Ok(()) => {}
@@ -195,6 +197,14 @@ impl RunArgs {
         }
         // Who we are to it may be in what was given, and is in no file.
         let client = Client::for_user(self.server.as_ref().unwrap_or(at), login);
+        // What would be refused must not end the run: nothing is on record yet. An outage is waited for.
+        match client.search([run.id()]) {
+            Err(error) if !error.is_passing() => {
+                let fix = "mend that and resume once more: the run is as it was";
+                return Err(error).context(Fault::host(format!("run {} is not resumed", run.id())).fix(fix));
+            }
+            _ => {}
+        }
         terminal::say(&format!(
             "run {}: {} of {} scenarios have a verdict",
             run.id(),

@@ -1,6 +1,8 @@
 #!/bin/sh
 # Takes away all that stands on the given disks: what is in use first, then the leaves of the block
-# graph, and the disks last. Nothing else is touched. Made by Shakedown; asks nothing.
+# graph, and the disks last. An array, a volume group or a cached disk that stands on other disks too
+# goes as a whole, with what these say of it: give all of them. Nothing else is touched. Made by
+# Shakedown; asks nothing.
 set -u
 usage="usage: storage-cleanup [--action wipe-signatures|discard|overwrite] DISK..."
 action=wipe-signatures

@@ -148,6 +148,11 @@ fn a_shard_that_runs_is_neither_sent_again_nor_its_attachments() {
     lines.for_each(drop);
     wait(other);
     let run = hint.split("--resume ").nth(1).and_then(|rest| rest.split('`').next()).expect("an id");
+    // A server that refuses us ends no run: what is on record stays as it is.
+    lab.server.misbehave(|_| Some(Fault::Status(401)));
+    let refused = lab.resumed(run);
+    assert!(refused.code == Some(1) && refused.err.contains("resume once more"), "{}", refused.err);
+    lab.server.behave();
     let count = lab.server.state().seen.len();
     let child = lab.resume(run).spawn().expect("starts");
     lab.server.until("it asks for the state of the job", |state| {

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, bail};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt, symlink};
-use std::path::Path;
+use std::path::{Component, Path};
 use std::time::{Duration, SystemTime};
 use tar::{Entry, EntryType};
 
@@ -56,9 +56,7 @@ fn unpack_one(entry: &mut Entry<'_, impl Read>, into: &Path) -> Result<()> {
             if to.is_absolute() {
                 bail!("it links to {}, out of the archive", to.display());
             }
-            // Relative to where the link is.
-            inside(&name.parent().unwrap_or(Path::new("")).join(&to))
-                .with_context(|| format!("it links to {}", to.display()))?;
+            leads_inside(into, &name, &to).with_context(|| format!("it links to {}", to.display()))?;
             clear(&target)?;
             Ok(symlink(to, &target)?)
         }
@@ -67,12 +65,33 @@ fn unpack_one(entry: &mut Entry<'_, impl Read>, into: &Path) -> Result<()> {
             let to = entry.link_name()?.context("a link to nothing")?.into_owned();
             let to = inside(&to).with_context(|| format!("it links to {}", to.display()))?;
             no_links(into, to.parent().unwrap_or(Path::new("")))?;
+            // One to a link is that link, which from here leads elsewhere.
+            if !fs::symlink_metadata(into.join(&to)).is_ok_and(|meta| meta.is_file()) {
+                bail!("it links to {}, which is no file", to.display());
+            }
             clear(&target)?;
             Ok(fs::hard_link(into.join(to), &target)?)
         }
         EntryType::XGlobalHeader => Ok(()),
         other => bail!("it is no file, directory or link but {other:?}"),
     }
+}
+
+/// Refuses what a link called `name` would lead out of `into`, as the kernel follows it.
+///
+/// A step up is one only from a directory: from a link it leads to wherever the link's end is.
+fn leads_inside(into: &Path, name: &Path, to: &Path) -> Result<()> {
+    let mut at = name.parent().unwrap_or(Path::new("")).to_owned();
+    for component in to.components() {
+        if component == Component::ParentDir {
+            no_links(into, &at)?;
+            if !into.join(&at).is_dir() {
+                bail!("{} is no directory", at.display());
+            }
+        }
+        at = inside(&at.join(component))?;
+    }
+    Ok(())
 }
 
 /// Makes room for a member that comes a second time.
@@ -163,6 +182,15 @@ mod tests {
             &[Member("test/h", EntryType::Link, "../secret", 0o644)],
             &[Member("test/h", EntryType::Link, "/etc/passwd", 0o644)],
             &[link("test/d", "../provision"), Member("test/h", EntryType::Link, "test/d/x", 0o644)],
+            // As the kernel goes: up from where the first link leads.
+            &[link("test/l", ".."), link("test/m", "l/../x")],
+            &[link("test/m", "l/../../x"), link("test/l", "..")],
+            // Where it is written, it leads to `x` here; from its other name, out.
+            &[
+                file("test/a/b/x"),
+                link("test/a/b/l", "../../../x"),
+                Member("test/h", EntryType::Link, "test/a/b/l", 0o644),
+            ],
             &[Member("test/fifo", EntryType::Fifo, "", 0o644)],
             &[Member("test/dev", EntryType::Char, "", 0o644)],
         ] {

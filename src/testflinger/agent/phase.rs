@@ -70,6 +70,8 @@ impl Running<'_> {
         command.args(["-c", line]).current_dir(&self.place.rundir);
         command.envs(self.agent.config.environment());
         command.env("token_file", &self.agent.token_file);
+        // The agent's own, and a job can print what it finds.
+        command.env_remove("INFLUX_PW");
         if phase == Phase::Test {
             command.envs(self.job.secrets().iter().filter(|(name, value)| can_be_variable(name, value)));
         }

@@ -131,7 +131,7 @@ impl Site {
             machine.died = stay(vm, &self.rundir)?;
             machine.save(&self.cache, &self.agent)
         });
-        if choice.is_own() { kept.context(OwnImage) } else { kept }
+        if choice.is_own(self.config.image.as_deref()) { kept.context(OwnImage) } else { kept }
     }
 
     /// The machine that the job asks for, and where its image comes from.

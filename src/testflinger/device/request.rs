@@ -37,9 +37,13 @@ pub(super) enum Choice {
 }
 
 impl Choice {
-    /// Whether it is the job's, and not what the device offers to those that choose nothing.
-    pub(super) fn is_own(&self) -> bool {
-        *self != Self::Default
+    /// Whether it is the job's, and not what the device offers, as `default`, to those that choose nothing.
+    pub(super) fn is_own(&self, default: Option<&str>) -> bool {
+        match self {
+            Self::Default => false,
+            Self::Named(name) => default != Some(name),
+            Self::File(_) | Self::Attached(_) => true,
+        }
     }
 }
 
