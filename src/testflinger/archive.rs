@@ -7,9 +7,10 @@ use anyhow::{Context, Result, bail, ensure};
 use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
+use rustix::fs::{SeekFrom, seek};
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, BufWriter, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::io::{self, BufWriter, Read, Seek, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
 use tar::{Archive, Builder, Entry, Header, HeaderMode};
 
@@ -84,7 +85,9 @@ impl<W: Write> Packer<W> {
     fn put_file(&mut self, path: &Path, name: &Path) -> io::Result<()> {
         let mut file = File::open(path)?;
         let meta = file.metadata()?;
-        let has_holes = meta.blocks().saturating_mul(512) < meta.len();
+        // Not by its blocks, which are few where the file system compresses.
+        let has_holes = seek(&file, SeekFrom::Hole(0)).is_ok_and(|hole| hole < meta.len());
+        file.rewind()?;
         if has_holes {
             return self.builder.append_file(name, &mut file);
         }

@@ -108,7 +108,8 @@ pub(super) fn unpack(archive: impl Read, into: &Path, most: u64) -> Result<Artif
     files::private_dir(into).with_context(|| files::cannot("make", into))?;
     let unpacked = members(archive, limits, |entry| {
         // Links are none of ours; nothing is ever written through one, since none is made.
-        let is_file = matches!(entry.header().entry_type(), EntryType::Regular | EntryType::Continuous);
+        let files = [EntryType::Regular, EntryType::Continuous, EntryType::GNUSparse];
+        let is_file = files.contains(&entry.header().entry_type());
         let Some(name) = wanted(&entry.path_bytes()).filter(|_| is_file) else { return Ok(()) };
         let is_read_whole = name.ends_with("metadata.json") || name.ends_with("record.json");
         if is_read_whole && entry.size() > LARGEST_JSON {
