@@ -94,7 +94,8 @@ const FORGET: Act = Act(
     "forget",
     "have kernel and udev look again at",
     r#"set -- "$1" /sys/class/block/"${1##*/}"/"${1##*/}"*/partition
-    [ ! -e "$2" ] || blockdev --rereadpt "$1"
+    # It is refused while udev looks at a partition.
+    [ ! -e "$2" ] || blockdev --rereadpt "$1" 2>/dev/null || { udevadm settle; blockdev --rereadpt "$1"; }
     echo change >/sys/class/block/"${1##*/}"/uevent || :"#,
 );
 const DISCARD: Act = Act("discard", "discard all of", r#"blkdiscard -f "$1""#);
